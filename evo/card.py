@@ -1,0 +1,81 @@
+"""The model card of an export: parents, recipe, and scores on both splits."""
+
+from __future__ import annotations
+
+from evo.config import Config
+from evo.front import Front, Row
+from fitness.types import Split
+from search_spaces.recipe import Recipe
+
+_MAX_RULES = 40
+
+
+def model_card(row: Row, recipe: Recipe, front: Front, config: Config) -> str:
+    """README.md of an exported checkpoint, in Markdown."""
+    parents = "\n".join(
+        f"| {name} | `{source.path}` | `{(source.digest or 'unknown')[:16]}` |"
+        for name, source in recipe.sources.items()
+    )
+    return f"""---
+library_name: transformers
+tags: [merge, mergefront]
+---
+
+# {row.ask.name}: a merge of {" and ".join(config.parents)}
+
+Found by [mergefront](https://pypi.org/project/mergefront/) with `{config.optimizer.kind}` over the space
+`{config.space.kind}` (`{config.space.method}`), seed {config.seed}. It is one of {len(front.members)} members of a
+Pareto front of accuracy against output tokens; `recipe.yaml` rebuilds it exactly.
+
+## Scores
+
+| model | split | n | accuracy | mean tokens | truncated |
+|---|---|---|---|---|---|
+{_scores([row, *front.parents])}
+
+The front was chosen on the search split, which flatters its members; the held-out split was never selected on.
+Task: `{config.task.kind}`, at most {config.engine.max_tokens} tokens an answer.
+
+## Sources
+
+| name | checkpoint | content (SHA-256) |
+|---|---|---|
+{parents}
+
+Tokenizer, chat template, stop tokens and generation config: **{recipe.interface}**.
+
+## Recipe
+
+Parts that no rule names are copied from **{recipe.base}**.
+
+{_rules(recipe)}
+"""
+
+
+def _scores(rows: list[Row]) -> str:
+    lines = []
+    for row in {r.ask.id: r for r in rows}.values():
+        for split in (Split.SEARCH, Split.HELD_OUT):
+            s = row.to_dict(split)
+            if s["accuracy"] is not None:
+                accuracy = f"{s['accuracy']:.3f} ± {s['accuracy_stderr']:.3f}"
+                lines.append(
+                    f"| {row.ask.name} | {split} | {s['n_problems']} | {accuracy} "
+                    f"| {s['tokens_mean']:.1f} | {s['truncated']:.1%} |"
+                )
+    return "\n".join(lines)
+
+
+def _rules(recipe: Recipe) -> str:
+    if not recipe.rules:
+        return f"None: every tensor is a copy of {recipe.base}."
+    if len(recipe.rules) > _MAX_RULES:
+        return f"{len(recipe.rules)} rules: see `recipe.yaml`."
+    lines = ["| blocks | experts | roles | method | coefficients |", "|---|---|---|---|---|"]
+    for rule in recipe.rules:
+        blocks = "all" if rule.blocks is None else ", ".join("outside" if b == -1 else str(b) for b in rule.blocks)
+        experts = "all" if rule.experts is None else ", ".join(map(str, rule.experts))
+        roles = "all" if rule.roles is None else ", ".join(rule.roles)
+        coefficients = ", ".join(f"{name} {value:.3f}" for name, value in rule.coefficients.items())
+        lines.append(f"| {blocks} | {experts} | {roles} | {rule.method} | {coefficients} |")
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""Reads checkpoint folders in the Hugging Face layout: lazily, and with every tensor accounted for.
+
+Knows files and headers; not what a tensor is for (that is search_spaces.layout).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from search_spaces.layout import Layout, parse_layout
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INTERFACE_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+"""Files besides the weights that decide what a checkpoint says; a child gets its interface parent's."""
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder cannot be read, or does not fit its siblings."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of a tensor before its bytes are read."""
+
+    dtype: str
+    """As safetensors writes it: "F32", "BF16", ..."""
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """One checkpoint folder. Opening it reads headers only; tensors are read one by one, when asked for."""
+
+    def __init__(self, path: Path, weight_map: dict[str, str], headers: dict[str, TensorHeader]) -> None:
+        self.path = path
+        self.weight_map = weight_map
+        """Tensor name -> file name, in the order of the index."""
+        self.headers = headers
+        self._handles: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a folder that holds `model.safetensors` or an index with its shards.
+
+        Raises:
+            CheckpointError: if a file is missing, damaged or outside the folder, or if the index and
+                the shards disagree.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"no checkpoint at {path}: expected a folder with safetensors files")
+        if (path / INDEX_FILE).is_file():
+            weight_map = _read_index(path)
+        elif (path / SINGLE_FILE).is_file():
+            weight_map = dict.fromkeys(_read_header(path / SINGLE_FILE), SINGLE_FILE)
+        else:
+            raise CheckpointError(_nothing_to_read(path))
+        return cls(path, weight_map, _headers_of(path, weight_map))
+
+    @property
+    def layout(self) -> Layout:
+        """Where each tensor sits."""
+        return parse_layout({name: header.shape for name, header in self.headers.items()})
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor to the CPU in its stored dtype."""
+        file = self.weight_map[name]
+        if file not in self._handles:
+            self._handles[file] = safe_open(self.path / file, framework="pt")
+        tensor: torch.Tensor = self._handles[file].get_tensor(name)
+        return tensor
+
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        data: dict[str, Any] = _read_json(self.path / "config.json")
+        return data
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding are one tensor (config.json's tie_word_embeddings)."""
+        config = self.config()
+        return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings")))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the content of the weights and of the interface files. Reads every byte."""
+        names = sorted({*self.weight_map.values(), *(n for n in INTERFACE_FILES if (self.path / n).is_file())})
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter, so shards go in parallel
+            digests = list(pool.map(lambda name: _file_digest(self.path / name), names))
+        lines = "\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Refuse checkpoints that cannot be merged tensor by tensor.
+
+    Raises:
+        CheckpointError: with the tensors, shapes, dtypes, architectures or vocabularies that differ.
+    """
+    (first_name, first), *others = checkpoints.items()
+    problems: list[str] = []
+    for name, other in others:
+        problems += _config_differences(first_name, first, name, other)
+        missing = [t for t in first.headers if t not in other.headers]
+        extra = [t for t in other.headers if t not in first.headers]
+        problems += [f"{t}: in {first_name}, not in {name}" for t in missing]
+        problems += [f"{t}: in {name}, not in {first_name}" for t in extra]
+        for tensor in first.headers.keys() & other.headers.keys():
+            here, there = first.headers[tensor], other.headers[tensor]
+            if here != there:
+                problems.append(
+                    f"{tensor}: {here.dtype} {list(here.shape)} in {first_name}, "
+                    f"{there.dtype} {list(there.shape)} in {name}"
+                )
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"these checkpoints cannot be merged, {len(problems)} difference(s):\n  {shown}{more}\n"
+            "Expected the same architecture, vocabulary, tensors, shapes and dtypes in all of them."
+        )
+
+
+def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
+    differences = []
+    for key in ("model_type", "architectures", "vocab_size", "tie_word_embeddings"):
+        here, there = a.config().get(key), b.config().get(key)
+        if here != there:
+            differences.append(f"config.json {key}: {here!r} in {a_name}, {there!r} in {b_name}")
+    vocabularies = [_vocabulary(c.path) for c in (a, b)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        changed = {
+            token
+            for token in {*vocabularies[0], *vocabularies[1]}  # type: ignore[misc]
+            if vocabularies[0].get(token) != vocabularies[1].get(token)  # type: ignore[union-attr]
+        }
+        differences.append(
+            f"tokenizer.json: {len(changed)} token(s) have another id in {b_name} than in {a_name}: "
+            + ", ".join(repr(token) for token in sorted(changed)[:5])
+        )
+    return differences
+
+
+def _vocabulary(path: Path) -> dict[str, int] | None:
+    """Token -> id of a fast tokenizer's file, or None where there is none."""
+    if not (path / "tokenizer.json").is_file():
+        return None
+    data = _read_json(path / "tokenizer.json")
+    vocabulary = data.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram models list [token, score]
+        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _read_json(path / INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX_FILE}: expected a non-empty object 'weight_map'")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path / INDEX_FILE}: tensor {name} is said to be in {file!r}; "
+                "expected the plain name of a .safetensors file in the same folder"
+            )
+    return weight_map
+
+
+def _headers_of(path: Path, weight_map: dict[str, str]) -> dict[str, TensorHeader]:
+    """Headers in the order of the weight map; every tensor of every shard must be in it."""
+    by_file = {file: _read_header(path / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in by_file[file]:
+            raise CheckpointError(f"{path / file}: tensor {name} is missing, though {INDEX_FILE} says it is there")
+    for file, headers in by_file.items():
+        if strays := [name for name in headers if weight_map.get(name) != file]:
+            raise CheckpointError(
+                f"{path / file}: holds {len(strays)} tensor(s) that {INDEX_FILE} does not place there: "
+                + ", ".join(strays[:5])
+            )
+    return {name: by_file[file][name] for name, file in weight_map.items()}
+
+
+def _read_header(file: Path) -> dict[str, TensorHeader]:
+    """Tensor headers of a safetensors file, after the library has checked the file as a whole."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with open(file, "rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            data = json.loads(stream.read(min(size, _MAX_HEADER_BYTES)))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
+    return {
+        name: TensorHeader(entry["dtype"], tuple(entry["shape"]))
+        for name, entry in data.items()
+        if name != "__metadata__"
+    }
+
+
+def _nothing_to_read(path: Path) -> str:
+    if pickles := sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth"}):
+        return (
+            f"{path} holds {pickles[0]}, a pickle, which is never loaded here. Convert it first: "
+            "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)"
+        )
+    return f"{path}: expected {SINGLE_FILE} or {INDEX_FILE} in this folder"
+
+
+def _file_digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,202 @@
+"""The command `mergefront`: a thin layer over evo.search.Search.
+
+Heavy libraries are imported inside the commands, so that --help and status answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="mergefront",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Finds, among all merges of related language-model checkpoints, the ones that reason most accurately for "
+    "the fewest output tokens, and writes the chosen one to disk.\n\n"
+    "A session: [bold]mergefront run search.yaml --out runs/first[/bold], look with "
+    "[bold]mergefront front runs/first --held-out[/bold], then "
+    "[bold]mergefront export runs/first --pick knee --out my-model[/bold].",
+)
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run (what --out named).")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to search, and on what.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; made if it is not there.")],
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Extends a run, e.g. candidates=400 or hours=8,tokens=2e9: replaces the config's budget."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Start a search, or go on with it; ends with the front, scored on held-out problems.
+
+    Ctrl-C (or `mergefront stop`) ends it cleanly; the same command goes on where it stopped.
+    """
+    from evo.terminal import print_ending, watching
+
+    with _readable_errors(debug):
+        from evo.search import Search
+
+        limits = _parse_budget(budget)
+        search = Search.from_yaml(config, out)
+        with watching(search) as watch:
+            front = search.run(watch, limits)
+        print_ending(front, search)
+
+
+@app.command()
+def front(
+    run_dir: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: front, parents, baselines.")] = False,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Show held-out scores too (scores what has none yet).")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the Pareto front of a run: its best models at every length.
+
+    The front is chosen on the search split. Held-out scores are shown beside it and never selected on.
+    """
+    with _readable_errors(debug):
+        from evo.front import Front
+        from evo.search import Search
+        from evo.terminal import print_front, watching
+        from fitness.types import Split
+
+        search = Search.open(run_dir)
+        found: Front = search.front()
+        if held_out and found.unscored():
+            with watching(search, quiet=as_json) as watch:
+                found = search.score_held_out(watch)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(Split.HELD_OUT if held_out else Split.SEARCH), indent=2))
+        else:
+            print_front(found, held_out=held_out)
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    pick: Annotated[
+        str, typer.Option(help="knee, max-accuracy, max-tokens=N, or the id or name of a member of the front.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a member of the front as a checkpoint that plain transformers loads.
+
+    Picks read search scores only: knee is the member nearest to the ideal of no errors and no tokens,
+    max-accuracy the most accurate, max-tokens=N the most accurate within N mean tokens.
+    """
+    with _readable_errors(debug):
+        from evo.search import Search
+
+        search = Search.open(run_dir)
+        name = search.front().pick(pick).ask.name
+        search.export(pick, out, force=force)
+        Console().print(f"{name} is in [bold]{out}[/bold]: weights, config, tokenizer, recipe.yaml and a model card.")
+
+
+@app.command()
+def status(run_dir: RunDir, debug: Debug = False) -> None:
+    """Say how a run stands: running or not, budget spent, front so far."""
+    with _readable_errors(debug):
+        from evo.terminal import print_status
+
+        print_status(run_dir)
+
+
+@app.command()
+def stop(run_dir: RunDir, debug: Debug = False) -> None:
+    """Stop a running search after the candidate in flight; it can go on later."""
+    with _readable_errors(debug):
+        from evo import ledger
+        from evo.run_folder import holder, is_held, request_stop
+
+        if not ledger.exists(run_dir):
+            raise ledger.LedgerError(f"no run in {run_dir}")
+        if not is_held(run_dir):
+            typer.echo(f"nothing is running in {run_dir}")
+            return
+        request_stop(run_dir)
+        typer.echo(f"asked {holder(run_dir)} to stop; waiting for the candidate in flight ...")
+        while is_held(run_dir):
+            time.sleep(0.2)
+        typer.echo(f"stopped. Go on with: mergefront run CONFIG.yaml --out {run_dir}")
+
+
+@app.command()
+def sync(run_dir: RunDir, debug: Debug = False) -> None:
+    """Bring MLflow up to date with a run, after MLflow was down or the run was killed."""
+    with _readable_errors(debug):
+        from evo import tracker
+        from evo.search import Search
+
+        tracking = Search.open(run_dir).config.tracking
+        typer.echo(str(tracker.sync(run_dir, tracking.uri, tracking.experiment)))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+@contextmanager
+def _readable_errors(debug: bool) -> Iterator[None]:
+    """Print an expected error as its message alone, and interrupts as what to do next."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on where this one ended.", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _parse_budget(text: str | None):  # type: ignore[no-untyped-def]  # Budget, imported late
+    """Read "candidates=400,hours=8".
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    from pydantic import ValidationError
+
+    from evo.config import Budget, ConfigError
+
+    if text is None:
+        return None
+    limits = {}
+    try:
+        for item in text.split(","):
+            key, _, value = item.partition("=")
+            number = float(value)
+            limits[key.strip()] = int(number) if number.is_integer() and key.strip() != "hours" else number
+        return Budget.model_validate(limits)
+    except (ValueError, ValidationError):
+        raise ConfigError(
+            f"--budget: expected candidates=N, tokens=N or hours=X, joined by commas, all above 0; got {text!r}"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

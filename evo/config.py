@@ -1,0 +1,378 @@
+"""The configuration of a run: its shape, its defaults, and errors that name the place in the file.
+
+Validated whole before anything is loaded. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from evo.merge import METHODS
+from evo.optimizers import OPTIMIZERS
+from fitness.engines import ENGINES
+from fitness.tasks import TASKS
+from search_spaces import SPACES
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used; the message names the place and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Component(BaseModel):
+    """A `kind` out of a table, and options that the component's own signature decides."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the fields that this class declares."""
+        return dict(self.model_extra or {})
+
+
+def _known(name: str, table: Mapping[str, Any], what: str) -> str:
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no {what} is called {name!r}: expected one of {', '.join(table)}{hint}")
+    return name
+
+
+class SpaceConfig(_Component):
+    """What may vary. Further keys are options of the space (roles, rest)."""
+
+    kind: str = "block"
+    method: str = "linear"
+    base: str | None = None
+    """The model that coefficients start from. Default: for task_arithmetic the common ancestor (`base:` at
+    the top), else the last parent."""
+    donors: list[str] | None = None
+    """Default: every parent except the base."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    knobs: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return _known(value, SPACES, "search space")
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        return _known(value, METHODS, "merge method")
+
+
+class TaskConfig(_Component):
+    """What models are scored on. Further keys are options of the task."""
+
+    kind: str
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return _known(value, TASKS, "task")
+
+
+class EngineConfig(_Component):
+    """What generates. Further keys are options of the engine (dtype, device, batch_size, options)."""
+
+    kind: str = "transformers"
+    max_tokens: int = Field(1024, ge=1)
+    """Longest answer; a longer one is cut off and counts as wrong."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; default all."""
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return _known(value, ENGINES, "engine")
+
+
+class OptimizerConfig(_Component):
+    """What proposes. Further keys are options of the optimizer (population, weights, ...)."""
+
+    kind: str = "nsga2"
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return _known(value, OPTIMIZERS, "optimizer")
+
+
+class Constraints(_Section):
+    """What a candidate must keep to be feasible."""
+
+    max_truncated: float = Field(0.1, ge=0, le=1)
+    """Largest share of answers cut off by max_tokens."""
+    accuracy_floor_stderrs: float = Field(2.0, ge=0)
+    """A candidate's accuracy must reach the worst parent's minus this many of that parent's standard errors."""
+
+
+class Baselines(_Section):
+    """Plain merges that are evaluated first, and counted in the budget."""
+
+    average: bool = True
+    line_points: int = Field(0, ge=0, le=1000)
+    """Interior points of the line between two parents."""
+
+
+class Budget(_Section):
+    """When a search ends: at whichever limit comes first."""
+
+    candidates: int | None = Field(None, ge=1)
+    """Evaluated models, parents and baselines included."""
+    tokens: int | None = Field(None, ge=1)
+    """Generated tokens on the search split."""
+    hours: float | None = Field(None, gt=0)
+    """Time spent evaluating on the search split, over all sittings."""
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Budget:
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("expected at least one of candidates, tokens, hours")
+        return self
+
+
+class Tracking(_Section):
+    """Where MLflow keeps what it is told. Safe to change between sittings."""
+
+    enabled: bool = True
+    uri: str | None = None
+    """Default: a sqlite store inside the run folder."""
+    experiment: str = "mergefront"
+
+
+class Config(_Section):
+    """One search."""
+
+    parents: dict[str, Path] = Field(min_length=2)
+    """Name -> checkpoint folder, relative to the config file."""
+    base: Path | None = None
+    """The common ancestor of the parents, where there is one; called "base" in recipes."""
+    interface: str | None = None
+    """The parent whose tokenizer, chat template, stop tokens, config and generation config children get.
+    Default: the first."""
+    space: SpaceConfig = Field(default_factory=SpaceConfig)
+    task: TaskConfig
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig.model_validate({}))
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    objectives: tuple[Literal["error", "tokens"], ...] = ("error", "tokens")
+    constraints: Constraints = Field(default_factory=lambda: Constraints.model_validate({}))
+    baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
+    budget: Budget
+    seed: int = Field(0, ge=0)
+    tracking: Tracking = Field(default_factory=Tracking)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Config:
+        if "base" in self.parents:
+            raise ValueError("parents: 'base' is the name of the common ancestor; call this parent something else")
+        if bad := [name for name in self.parents if not name.isidentifier()]:
+            raise ValueError(f"parents: expected plain names (letters, digits, _), got {bad}")
+        if self.interface is not None:
+            _known(self.interface, self.parents, "parent")
+        for name in [*([self.space.base] if self.space.base else []), *(self.space.donors or [])]:
+            _known(name, self.sources, "source")
+        if self.space_base in self.space_donors:
+            raise ValueError(f"space: {self.space_base!r} cannot be both the base and a donor")
+        if not self.space_donors:
+            raise ValueError("space: expected at least one donor besides the base")
+        return self
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """Every checkpoint that a recipe may name: the parents, then the ancestor."""
+        return {**self.parents, **({"base": self.base} if self.base else {})}
+
+    @property
+    def interface_parent(self) -> str:
+        """Name of the interface parent."""
+        return self.interface or next(iter(self.parents))
+
+    @property
+    def space_base(self) -> str:
+        """Name of the source that coefficients start from."""
+        if self.space.base:
+            return self.space.base
+        return "base" if self.space.method == "task_arithmetic" and self.base else list(self.parents)[-1]
+
+    @property
+    def space_donors(self) -> tuple[str, ...]:
+        """Names of the sources that get genes."""
+        return tuple(self.space.donors or (name for name in self.parents if name != self.space_base))
+
+
+SAFE_KEYS = ("budget", "tracking", "engine.threads")
+"""Keys that may differ when a run goes on; any other would make its results incomparable."""
+
+
+def load_config(path: str | Path) -> Config:
+    """Read, resolve and validate a YAML file.
+
+    Paths of checkpoints, and of tables that are files, are taken relative to the file.
+
+    Raises:
+        ConfigError: naming the file, the line and the key, what was expected and what came.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        data, lines = yaml.safe_load(text), _line_numbers(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {type(data).__name__}")
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
+    config = _resolve_paths(config, path.resolve().parent)
+    problems = [_at(path, lines, place, message) for place, message in _check_files(config)]
+    problems += [_describe(path, lines, error, config) for error in _check_options(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Describe every key, except the safe ones, that differs between two dumped configs."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        f"{key}: {before.get(key, '(not set)')!r} when the run started, {after.get(key, '(not set)')!r} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{s}.") for s in SAFE_KEYS)
+    ]
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def component_options(component: _Component, table: Mapping[str, str]) -> dict[str, Any]:
+    """The options of a component, validated against and converted by the type hints of its keyword-only
+    parameters, so that a new component needs no schema of its own.
+
+    Raises:
+        pydantic.ValidationError: for an unknown, missing or ill-typed option.
+    """
+    target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
+    validated = model.model_validate(component.options)
+    return {name: getattr(validated, name) for name in validated.model_fields_set}
+
+
+def _check_options(config: Config) -> Iterator[dict[str, Any]]:
+    """Errors in the options of the four components, in pydantic's form."""
+    for section, table in (("space", SPACES), ("task", TASKS), ("optimizer", OPTIMIZERS), ("engine", ENGINES)):
+        try:
+            component_options(getattr(config, section), table)
+        except ValidationError as error:
+            yield from ({**e, "loc": (section, *e["loc"])} for e in error.errors())
+
+
+def _check_files(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    for name, path in config.sources.items():
+        if not path.is_dir():
+            place = ("base",) if name == "base" else ("parents", name)
+            yield place, f"no checkpoint folder at {path}"
+    table = config.task.options.get("path")
+    if isinstance(table, str) and table.endswith((".jsonl", ".json")) and not Path(table).is_file():
+        yield ("task", "path"), f"no file at {table}"
+
+
+def _resolve_paths(config: Config, folder: Path) -> Config:
+    data = config.model_dump(mode="json")
+    data["parents"] = {name: str((folder / path).resolve()) for name, path in config.parents.items()}
+    if config.base:
+        data["base"] = str((folder / config.base).resolve())
+    table = data["task"].get("path")
+    if isinstance(table, str) and table.endswith((".jsonl", ".json")):
+        data["task"]["path"] = str((folder / table).resolve())
+    return Config.model_validate(data)
+
+
+def _line_numbers(text: str) -> dict[tuple[str, ...], int]:
+    """Path of keys -> line, from 1."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def visit(node: yaml.Node, place: tuple[str, ...]) -> None:
+        lines.setdefault(place, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = (*place, str(key.value))
+                lines[inner] = key.start_mark.line + 1
+                visit(value, inner)
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        visit(root, ())
+    return lines
+
+
+def _describe(
+    path: Path, lines: Mapping[tuple[str, ...], int], error: dict[str, Any], config: Config | None = None
+) -> str:
+    """One pydantic error as "file:line: key: what was expected, what came"."""
+    place = tuple(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        allowed = _keys_at(place[:-1], config)
+        near = difflib.get_close_matches(place[-1], allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        message = f"unknown key {place[-1]!r}: expected one of {', '.join(allowed)}{hint}"
+    elif error["type"] == "missing":
+        message = f"the key {place[-1]!r} is missing"
+    elif not isinstance(error.get("input"), dict | list | tuple):
+        message += f", got {error.get('input')!r}"
+    return _at(path, lines, place, message)
+
+
+def _at(path: Path, lines: Mapping[tuple[str, ...], int], place: tuple[str, ...], message: str) -> str:
+    known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), ())
+    return f"{path}:{lines.get(known, 1)}: {'.'.join(place) or 'config'}: {message}"
+
+
+def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
+    """Keys that are allowed at a place of the file."""
+    if not place:
+        return list(Config.model_fields)
+    section: Any = Config.model_fields[place[0]].annotation
+    keys = list(section.model_fields)
+    tables = {"space": SPACES, "task": TASKS, "optimizer": OPTIMIZERS, "engine": ENGINES}
+    if config is not None and place[0] in tables:
+        target = pkgutil.resolve_name(tables[place[0]][getattr(config, place[0]).kind])
+        parameters = inspect.signature(target).parameters.values()
+        keys += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return keys

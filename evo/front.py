@@ -1,0 +1,186 @@
+"""The front of a run as a table: what the command prints, the tracker logs and an export picks from.
+
+Membership is decided on the search split alone. Held-out scores are shown beside it, never selected on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evo.ledger import Ask, Entry, Ledger
+from evo.pareto import Scale, knee, nondominated
+from evo.types import Origin
+from fitness.types import Split
+
+
+class PickError(ValueError):
+    """A pick names no member of the front."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate with its scores."""
+
+    ask: Ask
+    search: Entry
+    held_out: Entry | None
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Losses on the search split; only measured candidates become rows."""
+        assert self.search.losses is not None
+        return self.search.losses
+
+    def to_dict(self, split: Split) -> dict[str, Any]:
+        """Plain data for one split; scores are None where it has not been scored there."""
+        entry = self.search if split is Split.SEARCH else self.held_out
+        scores = (entry.summary if entry else None) or {}
+        keys = (
+            "accuracy", "accuracy_stderr", "n_problems", "tokens_mean", "tokens_mean_stderr", "tokens_median",
+            "tokens_p90", "tokens_correct_mean", "tokens_correct_median", "tokens_correct_p90",
+            "think_tokens_mean", "truncated",
+        )  # fmt: skip
+        return {
+            "id": self.ask.id,
+            "name": self.ask.name,
+            "origin": str(self.ask.origin),
+            "generation": self.ask.generation,
+            **{key: scores.get(key) for key in keys},
+            "feasible": self.search.feasible,
+            "split": str(split),
+        }
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a run has found so far."""
+
+    members: tuple[Row, ...]
+    """Feasible and not dominated on the search split, fewest tokens first. A parent or baseline that no
+    candidate beats is a member too."""
+    parents: tuple[Row, ...]
+    baselines: tuple[Row, ...]
+    evaluated: tuple[Row, ...]
+    """Every candidate that was measured on the search split, in order."""
+    scale: Scale | None
+    """None until the parents have been evaluated."""
+    hypervolume: float
+    """Of the members on the search split, as a share of the box of `scale`."""
+
+    def pick(self, which: str) -> Row:
+        """A member by "knee", "max-accuracy", "max-tokens=N" (the most accurate within N mean tokens), its
+        id or its name. Reads search scores only.
+
+        Raises:
+            PickError: if there is no such member.
+        """
+        if not self.members:
+            raise PickError("the front is empty: no feasible candidate has been evaluated yet")
+        by_accuracy = sorted(self.members, key=lambda row: (-_accuracy(row), _tokens(row)))
+        if which == "knee" and self.scale is not None:
+            return self.members[knee([row.losses for row in self.members], self.scale)]
+        if which == "max-accuracy":
+            return by_accuracy[0]
+        if which.startswith("max-tokens="):
+            return self._within(which.removeprefix("max-tokens="), by_accuracy)
+        for row in self.members:
+            if which in (str(row.ask.id), row.ask.name):
+                return row
+        names = ", ".join(f"{row.ask.id} ({row.ask.name})" for row in self.members)
+        raise PickError(
+            f"no member of the front is called {which!r}: expected knee, max-accuracy, max-tokens=N or one of {names}"
+        )
+
+    def to_dict(self, split: Split = Split.SEARCH) -> dict[str, Any]:
+        """The lists `front`, `parents` and `baselines` with the scores of one split, and the hypervolume."""
+        return {
+            "front": [row.to_dict(split) for row in self.members],
+            "parents": [row.to_dict(split) for row in self.parents],
+            "baselines": [row.to_dict(split) for row in self.baselines],
+            "hypervolume": self.hypervolume_on(split),
+            "reference": None if self.scale is None else self.scale.reference.tolist(),
+        }
+
+    def hypervolume_on(self, split: Split) -> float | None:
+        """Hypervolume of the members' scores on a split; None if some have none there."""
+        entries = [row.search if split is Split.SEARCH else row.held_out for row in self.members]
+        losses = [entry.losses for entry in entries if entry is not None and entry.losses is not None]
+        return None if self.scale is None or len(losses) < len(entries) else self.scale.hypervolume(losses)
+
+    def unscored(self, *, every: bool = False) -> list[Row]:
+        """Members, parents and baselines (or every measured candidate) without a held-out evaluation."""
+        rows = self.evaluated if every else (*self.members, *self.parents, *self.baselines)
+        shown = {row.ask.id: row for row in rows}
+        return [row for _, row in sorted(shown.items()) if row.held_out is None]
+
+    @staticmethod
+    def _within(limit: str, by_accuracy: Sequence[Row]) -> Row:
+        try:
+            n_tokens = float(limit)
+        except ValueError:
+            raise PickError(f"max-tokens: expected a number, got {limit!r}") from None
+        for row in by_accuracy:
+            if _tokens(row) <= n_tokens:
+                return row
+        fewest = min(_tokens(row) for row in by_accuracy)
+        raise PickError(
+            f"no member of the front stays within {n_tokens:g} mean tokens: the briefest takes {fewest:.1f}"
+        )
+
+
+def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
+    """The front of a run, or as it stood after a generation."""
+    held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
+    asks = ledger.asks()
+    rows = [
+        Row(asks[entry.candidate_id], entry, held_out.get(entry.candidate_id))
+        for entry in ledger.entries(Split.SEARCH)
+        if entry.losses is not None
+    ]
+    if until_generation is not None:
+        rows = [row for row in rows if row.ask.generation <= until_generation]
+    return front_of(rows, tuple(ledger.meta("config")["objectives"]))
+
+
+def front_of(rows: Sequence[Row], objectives: tuple[str, ...]) -> Front:
+    """The front of measured candidates."""
+    return _assemble(rows, rows, objectives)
+
+
+def extended(front: Front, row: Row, objectives: tuple[str, ...]) -> Front:
+    """The front with one more measured candidate: what was dominated before stays so."""
+    return _assemble((*front.evaluated, row), (*front.members, row), objectives)
+
+
+def _assemble(evaluated: Sequence[Row], contenders: Sequence[Row], objectives: tuple[str, ...]) -> Front:
+    parents = tuple(row for row in evaluated if row.ask.origin is Origin.PARENT)
+    scale = Scale.of_parents(objectives, [row.losses for row in parents]) if parents else None
+    feasible = [row for row in contenders if row.search.feasible]
+    keep = nondominated([row.losses for row in feasible])
+    members = _without_twins([row for row, kept in zip(feasible, keep, strict=True) if kept])
+    return Front(
+        members=tuple(sorted(members, key=lambda row: (_tokens(row), row.ask.id))),
+        parents=parents,
+        baselines=tuple(row for row in evaluated if row.ask.origin is Origin.BASELINE),
+        evaluated=tuple(evaluated),
+        scale=scale,
+        hypervolume=scale.hypervolume([row.losses for row in members]) if scale and members else 0.0,
+    )
+
+
+def _without_twins(rows: Sequence[Row]) -> list[Row]:
+    """Of candidates with equal losses, the first: an optimizer often proposes one model twice."""
+    seen: dict[tuple[float, ...], Row] = {}
+    for row in rows:
+        seen.setdefault(row.losses, row)
+    return list(seen.values())
+
+
+def _accuracy(row: Row) -> float:
+    return float((row.search.summary or {})["accuracy"])
+
+
+def _tokens(row: Row) -> float:
+    return float((row.search.summary or {})["tokens_mean"])

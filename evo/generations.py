@@ -1,0 +1,171 @@
+"""A run told generation by generation, as numbers: what a tracker draws over time.
+
+Read from the ledger alone, so that it comes out the same whenever, and however often, it is read.
+Knows nothing of MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from evo.config import Budget
+from evo.front import Front, Row, front_of
+from evo.ledger import Ask, Entry, Ledger
+from fitness.types import Split
+
+TOLERANCE = 0.02
+"""`best/tokens` asks for the accuracy of the best parent, less these two points."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one generation brought, and where it left the run."""
+
+    index: int
+    time: float
+    """Of its last evaluation, in seconds since 1970."""
+    complete: bool
+    """Whether all of it has been evaluated; only the last one of an ended search may not be."""
+    front: Front
+    """After it; `evaluated` holds everything up to here."""
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """All of a run that matters here, as it was at one moment."""
+
+    asks: tuple[Ask, ...]
+    entries: tuple[Entry, ...]
+    """On the search split, in the order of evaluation."""
+    held_out: dict[int, Entry]
+    """Candidate id -> its evaluation on the held-out split."""
+    objectives: tuple[str, ...]
+    budget: Budget
+
+    @classmethod
+    def read(cls, ledger: Ledger) -> Record:
+        """Read a ledger that may grow meanwhile: evaluations first, so that each has its ask."""
+        held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
+        entries = tuple(ledger.entries(Split.SEARCH))
+        objectives, budget = tuple(ledger.meta("config")["objectives"]), Budget.model_validate(ledger.meta("budget"))
+        return cls(tuple(ledger.asks()), entries, held_out, objectives, budget)
+
+    @cached_property
+    def spent(self) -> dict[str, float]:
+        """What the search has used of its budget."""
+        return _spent(self.entries)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search has ended by itself: its budget is spent, or everything asked has been scored."""
+        limits = self.budget.model_dump(exclude_none=True)
+        if any(self.spent[key] >= limit for key, limit in limits.items()):
+            return True
+        return bool(self.entries) and len(self.entries) == len(self.asks) and not self.front.unscored()
+
+    @cached_property
+    def front(self) -> Front:
+        """The front as it is now."""
+        return front_of(self.rows(self.entries), self.objectives)
+
+    @cached_property
+    def last_time(self) -> float:
+        """When the last thing happened, in seconds since 1970; 0 for never."""
+        events = [*(ask.time for ask in self.asks[-1:]), *(entry.time for entry in self.entries[-1:])]
+        return max([*events, *(entry.time for entry in self.held_out.values())], default=0.0)
+
+    def rows(self, entries: Sequence[Entry]) -> list[Row]:
+        """Those of some evaluations that gave scores."""
+        return [
+            Row(self.asks[entry.candidate_id], entry, self.held_out.get(entry.candidate_id))
+            for entry in entries
+            if entry.losses is not None
+        ]
+
+    def generations(self) -> Iterator[Generation]:
+        """Every complete generation, in order, and an incomplete last one if the search has ended with it."""
+        n_asked: dict[int, int] = {}
+        for ask in self.asks:
+            n_asked[ask.generation] = n_asked.get(ask.generation, 0) + 1
+        batches: dict[int, list[Entry]] = {index: [] for index in n_asked}
+        for entry in self.entries:
+            batches[self.asks[entry.candidate_id].generation].append(entry)
+        evaluated: list[Row] = []
+        kept: tuple[Row, ...] = ()  # all that the next front can depend on
+        spent = _spent(())
+        for index, batch in batches.items():
+            complete = len(batch) == n_asked[index]
+            if not batch or not (complete or self.finished):
+                return
+            rows = self.rows(batch)
+            evaluated += rows
+            spent = {key: value + spent[key] for key, value in _spent(batch).items()}
+            front = front_of(list({row.ask.id: row for row in (*kept, *rows)}.values()), self.objectives)
+            kept = (*front.parents, *front.baselines, *front.members)
+            whole = replace(front, evaluated=tuple(evaluated))
+            yield Generation(index, batch[-1].time, complete, whole, _metrics(front, batch, spent))
+
+
+def _metrics(front: Front, batch: Sequence[Entry], spent: dict[str, float]) -> dict[str, float]:
+    return {
+        "front/hypervolume": front.hypervolume,
+        "front/size": float(len(front.members)),
+        **_best(front),
+        **_of_batch(batch),
+        **_pace(batch),
+        **{f"budget/{key}": value for key, value in spent.items()},
+    }
+
+
+def _best(front: Front) -> dict[str, float]:
+    """The two ends that people ask for, and the compromise."""
+    if not front.members or not front.parents:
+        return {}
+    knee, scores = front.pick("knee").search.summary or {}, [row.search.summary or {} for row in front.members]
+    goal = max((row.search.summary or {})["accuracy"] for row in front.parents) - TOLERANCE
+    as_good = [score["tokens_mean"] for score in scores if score["accuracy"] >= goal]
+    return {
+        "best/accuracy": max(score["accuracy"] for score in scores),
+        **({"best/tokens": min(as_good)} if as_good else {}),
+        "knee/accuracy": knee["accuracy"],
+        "knee/tokens": knee["tokens_mean"],
+    }
+
+
+def _of_batch(batch: Sequence[Entry]) -> dict[str, float]:
+    """Means over all that were measured; the extremes over the feasible, else a broken model has the fewest tokens."""
+    measured = [entry.summary for entry in batch if entry.summary]
+    feasible = [entry.summary for entry in batch if entry.summary and entry.feasible]
+    found = {
+        "gen/feasible_share": len(feasible) / len(batch),
+        "gen/failed": float(len(batch) - len(measured)),
+    }
+    if measured:
+        found["gen/accuracy_mean"] = sum(s["accuracy"] for s in measured) / len(measured)
+        found["gen/tokens_mean"] = sum(s["tokens_mean"] for s in measured) / len(measured)
+    if feasible:
+        found["gen/accuracy_max"] = max(s["accuracy"] for s in feasible)
+        found["gen/tokens_min"] = min(s["tokens_mean"] for s in feasible)
+    return found
+
+
+def _pace(batch: Sequence[Entry]) -> dict[str, float]:
+    """Seconds by phase, a candidate's mean, and candidates an hour."""
+    found = {}
+    for phase in ("write_seconds", "generate_seconds"):
+        seconds = [float(entry.detail[phase]) for entry in batch if phase in entry.detail]
+        if seconds:
+            found[f"time/{phase}"] = sum(seconds) / len(seconds)
+    total = sum(entry.seconds for entry in batch)
+    return {**found, "time/candidates_per_hour": 3600.0 * len(batch) / total} if total else found
+
+
+def _spent(entries: Sequence[Entry]) -> dict[str, float]:
+    return {
+        "candidates": float(len(entries)),
+        "tokens": float(sum((entry.summary or {}).get("n_generated", 0) for entry in entries)),
+        "hours": sum(entry.seconds for entry in entries) / 3600.0,
+    }

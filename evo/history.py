@@ -1,0 +1,73 @@
+"""A run as it stands: the ledger's content in memory, kept up to date as events are appended.
+
+Reading the ledger anew after each of ten thousand evaluations would cost more than the evaluations' own
+bookkeeping; here an append costs the same at any length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evo.config import Budget
+from evo.front import Front, Row, extended, front_of
+from evo.ledger import Ask, Entry, Ledger
+from evo.types import Candidate, Evaluation
+from fitness.types import Split
+
+
+class History:
+    """All asks and evaluations of a ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._objectives = tuple(ledger.meta("config")["objectives"])
+        self.asks: list[Ask] = ledger.asks()
+        """Candidate id -> its ask."""
+        self.entries: dict[Split, dict[int, Entry]] = {
+            split: {entry.candidate_id: entry for entry in ledger.entries(split)} for split in Split
+        }
+        """Split -> candidate id -> its evaluation."""
+        self.budget = Budget.model_validate(ledger.meta("budget"))
+        """Its limits; see Budget."""
+        self.spent = {"candidates": 0.0, "tokens": 0.0, "hours": 0.0}
+        """What the search has used of its budget: evaluations on the search split, nothing else."""
+        for entry in self.entries[Split.SEARCH].values():
+            self._count(entry)
+        self.front: Front = self._whole_front()
+
+    def append_asks(self, candidates: Sequence[Candidate]) -> list[Ask]:
+        """Record proposals."""
+        asks = self._ledger.append_asks(candidates)
+        self.asks += asks
+        return asks
+
+    def append_evaluation(self, evaluation: Evaluation, split: Split) -> Entry:
+        """Record an outcome; on the search split, spend and front follow."""
+        entry = self._ledger.append_evaluation(evaluation, split)
+        self.entries[split][entry.candidate_id] = entry
+        if split is not Split.SEARCH:
+            self.front = self._whole_front()  # rare, and an older row has changed
+            return entry
+        self._count(entry)
+        if entry.losses is not None:
+            self.front = extended(self.front, self._row(entry), self._objectives)
+        return entry
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether some limit of the budget has been reached."""
+        limits = self.budget.model_dump(exclude_none=True)
+        return any(self.spent[key] >= limit for key, limit in limits.items())
+
+    def _whole_front(self) -> Front:
+        measured = (entry for entry in self.entries[Split.SEARCH].values() if entry.losses is not None)
+        return front_of([self._row(entry) for entry in measured], self._objectives)
+
+    def _row(self, entry: Entry) -> Row:
+        held_out = self.entries[Split.HELD_OUT].get(entry.candidate_id)
+        return Row(self.asks[entry.candidate_id], entry, held_out)
+
+    def _count(self, entry: Entry) -> None:
+        self.spent["candidates"] += 1
+        self.spent["tokens"] += (entry.summary or {}).get("n_generated", 0)
+        self.spent["hours"] += entry.seconds / 3600.0

@@ -1,0 +1,179 @@
+"""The loop of a search: ask, record, evaluate, record, tell. Resumes by replaying what is recorded.
+
+The order of every step is: the ledger first, then the optimizer, then whoever watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from evo.assemble import build_optimizer, build_worker, first_candidates, recipe_sources, search_problem
+from evo.config import Config
+from evo.history import History
+from evo.ledger import Ask, Entry
+from evo.optimizers import Optimizer, Outcome
+from evo.run_folder import stop_requested
+from evo.types import Candidate, Evaluation, Origin, Status
+from evo.worker import Worker
+from fitness.types import Split, Task
+from search_spaces.genes import Genome, SearchSpace
+
+
+class ResumeError(ValueError):
+    """A run cannot go on: something that it is bound to has changed."""
+
+
+class SearchError(RuntimeError):
+    """A search cannot start, because a parent cannot be scored."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is shown after each evaluation."""
+
+    entry: Entry
+    ask: Ask
+    history: History
+
+
+Watcher = Callable[[Progress], None]
+
+
+class Loop:
+    """One sitting of a run, with its ledger open and its lock held."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        history: History,
+        digests: dict[str, str],
+        space: SearchSpace,
+        task: Task,
+        watch: Watcher | None,
+    ) -> None:
+        self._config, self._folder, self._history, self._digests = config, folder, history, digests
+        self._space, self._task, self._watch = space, task, watch
+        self._worker: Worker | None = None
+        self._n_first = 0  # parents and baselines, which no optimizer proposed
+
+    def search(self) -> None:
+        """Parents and baselines first, then generations until the budget is spent."""
+        self._score_first()
+        if self._must_end():
+            return  # the optimizer's scale needs every parent
+        optimizer, generation = self._replay()
+        while not self._must_end():
+            genomes = optimizer.ask(optimizer.batch_size)
+            if not genomes:
+                return
+            generation += 1
+            self._evaluate_batch(optimizer, self._record(genomes, generation))
+
+    def score_held_out(self, *, every: bool = False) -> None:
+        """Evaluate the front, the parents and the baselines (or every candidate) on the held-out split, once each."""
+        for row in self._history.front.unscored(every=every):
+            if stop_requested(self._folder):
+                return
+            self._record_evaluation(row.ask, self._evaluate(row.ask, Split.HELD_OUT), Split.HELD_OUT)
+
+    def _score_first(self) -> None:
+        """Parents, then baselines: the scale, the accuracy floor and every comparison rest on them."""
+        if not self._history.asks:
+            sources = recipe_sources(self._config, self._digests)
+            self._history.append_asks(first_candidates(self._config, sources))
+        self._n_first = sum(ask.origin is not Origin.SEARCH for ask in self._history.asks)
+        for ask in self._history.asks[: self._n_first]:
+            if ask.id in self._history.entries[Split.SEARCH]:
+                continue
+            if stop_requested(self._folder) or (ask.origin is Origin.BASELINE and self._must_end()):
+                return
+            evaluation = self._evaluate(ask, Split.SEARCH)
+            if ask.origin is Origin.PARENT and evaluation.status is Status.FAILED:
+                raise SearchError(f"parent {ask.name!r} cannot be scored: {evaluation.detail['reason']}")
+            self._record_evaluation(ask, evaluation, Split.SEARCH)
+
+    def _replay(self) -> tuple[Optimizer, int]:
+        """Bring a fresh optimizer to where the ledger ends; what was asked and not told is evaluated now."""
+        scale = self._history.front.scale
+        optimizer = build_optimizer(self._config, search_problem(self._config, self._space, scale))
+        generations: dict[int, list[Ask]] = {}
+        for ask in self._history.asks[self._n_first :]:
+            generations.setdefault(ask.generation, []).append(ask)
+        for batch in generations.values():
+            _check_replay(optimizer.ask(len(batch)), batch)
+            told = [e for ask in batch if (e := self._history.entries[Split.SEARCH].get(ask.id))]
+            for entry in sorted(told, key=lambda entry: entry.seq):
+                self._tell(optimizer, entry)
+            done = {entry.candidate_id for entry in told}
+            self._evaluate_batch(optimizer, [ask for ask in batch if ask.id not in done])
+        return optimizer, max(generations, default=0)
+
+    def _evaluate_batch(self, optimizer: Optimizer, batch: Sequence[Ask]) -> None:
+        for ask in batch:
+            if self._must_end():
+                return
+            entry = self._record_evaluation(ask, self._evaluate(ask, Split.SEARCH), Split.SEARCH)
+            self._tell(optimizer, entry)
+
+    def _tell(self, optimizer: Optimizer, entry: Entry) -> None:
+        violation = sum(entry.violations.values())
+        outcome = Outcome(None) if entry.losses is None else Outcome(np.array(entry.losses), violation)
+        optimizer.tell(entry.candidate_id - self._n_first, outcome)
+
+    def _record(self, genomes: Sequence[Genome], generation: int) -> list[Ask]:
+        start = len(self._history.asks)
+        return self._history.append_asks(
+            [
+                Candidate(start + i, f"c{start + i}", Origin.SEARCH, generation, self._space.decode(genome), genome)
+                for i, genome in enumerate(genomes)
+            ]
+        )
+
+    def _record_evaluation(self, ask: Ask, evaluation: Evaluation, split: Split) -> Entry:
+        if split is Split.SEARCH:
+            evaluation = replace(evaluation, violations=self._violations(ask, evaluation))
+        entry = self._history.append_evaluation(evaluation, split)
+        if self._watch is not None:
+            self._watch(Progress(entry, ask, self._history))
+        return entry
+
+    def _violations(self, ask: Ask, evaluation: Evaluation) -> dict[str, float]:
+        """By how much each constraint is violated; parents define the floor, so it is not asked of them."""
+        if evaluation.score is None:
+            return {}
+        constraints = self._config.constraints
+        found = {"truncated": evaluation.score.truncated - constraints.max_truncated}
+        if ask.origin is not Origin.PARENT:
+            summaries = [row.search.summary or {} for row in self._history.front.parents]
+            worst = min(summaries, key=lambda summary: float(summary["accuracy"]))
+            floor = worst["accuracy"] - constraints.accuracy_floor_stderrs * worst["accuracy_stderr"]
+            found["accuracy"] = floor - evaluation.score.accuracy
+        return {name: amount for name, amount in found.items() if amount > 0}
+
+    def _evaluate(self, ask: Ask, split: Split) -> Evaluation:
+        if self._worker is None:  # loading a model takes long, and a finished run needs none
+            self._worker = build_worker(self._config, self._task)
+        recipe = self._space.decode(ask.genome) if ask.recipe is None and ask.genome is not None else ask.recipe
+        assert recipe is not None, "an ask has a recipe or a genome"
+        candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
+        return self._worker.evaluate(candidate, split)
+
+    def _must_end(self) -> bool:
+        return stop_requested(self._folder) or self._history.exhausted
+
+
+def _check_replay(proposed: Sequence[Genome], recorded: Sequence[Ask]) -> None:
+    same = len(proposed) == len(recorded) and all(
+        a.genome is not None and np.array_equal(p, a.genome) for p, a in zip(proposed, recorded, strict=True)
+    )
+    if not same:
+        raise ResumeError(
+            f"replaying generation {recorded[0].generation} gave other proposals than the ledger holds: another "
+            "version of pycma, Optuna or numpy is installed than when the run started (see `mergefront status`). "
+            "Install those versions, or start a new run; `front` and `export` work either way."
+        )

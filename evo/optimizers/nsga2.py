@@ -1,0 +1,76 @@
+"""NSGA-II (Deb et al. 2002) by Optuna's sampler, in memory; the ledger is what is kept.
+
+Constraints enter by Deb's constrained domination: feasible before infeasible, less violated before more.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from evo.optimizers import Outcome, SearchProblem
+from evo.optimizers.batched import Batched
+from search_spaces.genes import Genome
+
+
+class Nsga2(Batched):
+    """One generation is one population. The first holds the starting genomes, then random ones.
+
+    Args:
+        population: genomes a generation.
+        mutation: probability that a gene is redrawn; default 1 / G.
+        crossover: probability that a child has two parents.
+        eta: distribution index of simulated binary crossover; children are nearer to their parents
+            for larger values.
+    """
+
+    def __init__(
+        self,
+        problem: SearchProblem,
+        *,
+        population: int = 24,
+        mutation: float | None = None,
+        crossover: float = 0.9,
+        eta: float = 2.0,
+    ) -> None:
+        import optuna
+
+        super().__init__(population)
+        self._asked: deque[list[Any]] = deque()
+        self._n_genes = problem.n_genes
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.NSGAIISampler(
+                population_size=population,
+                mutation_prob=mutation,
+                crossover=optuna.samplers.nsgaii.SBXCrossover(eta=eta),
+                crossover_prob=crossover,
+                seed=problem.seed,
+            )
+        n_objectives = len(problem.scale.reference)
+        self._study = optuna.create_study(directions=["minimize"] * n_objectives, sampler=sampler)
+        self._names = [f"{i:05d}" for i in range(problem.n_genes)]
+        for start in problem.starts[:population]:
+            self._study.enqueue_trial(dict(zip(self._names, map(float, start), strict=True)))
+
+    def ask_batch(self) -> list[Genome]:
+        """See Batched."""
+        trials = [self._study.ask() for _ in range(self.batch_size)]
+        self._asked.append(trials)
+        return [np.array([trial.suggest_float(name, 0.0, 1.0) for name in self._names], np.float32) for trial in trials]
+
+    def tell_batch(self, outcomes: Sequence[Outcome]) -> None:
+        """See Batched."""
+        import optuna
+
+        for trial, outcome in zip(self._asked.popleft(), outcomes, strict=True):
+            trial.set_constraint("violation", outcome.violation)
+            if outcome.losses is None:
+                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                self._study.tell(trial, [float(loss) for loss in outcome.losses])

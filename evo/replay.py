@@ -1,0 +1,151 @@
+"""Replays a run's ledger into MLflow, from where the last replay ended.
+
+How far that was is kept in an offset file, but only to save work: a replay from the start changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evo.config import Config
+from evo.front import Row
+from evo.generations import Record
+from evo.ledger import Ledger
+from search_spaces.recipe import Recipe
+
+if TYPE_CHECKING:
+    from evo.mlflow_store import MlflowStore
+
+OFFSET_FILE = "tracker.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run is tracked."""
+
+    uri: str
+    experiment: str
+
+    @property
+    def digest(self) -> str:
+        """What the offset file calls it; a URI may hold a password."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Offset:
+    """How far a run has been replayed into a target."""
+
+    target: str
+    run_id: str
+    n_generations: int = 0
+    """Complete generations that have been logged."""
+    seq: int = 0
+    """Of the last event of the ledger that was taken into account."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Offset | None:
+        """The run's, or None if there is none that can be read."""
+        try:
+            return cls(**json.loads((folder / OFFSET_FILE).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def save(self, folder: Path) -> None:
+        """Whole or not at all."""
+        beside = folder / f".{OFFSET_FILE}.new"
+        beside.write_text(json.dumps(asdict(self)))
+        beside.replace(folder / OFFSET_FILE)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a replay ended."""
+
+    uri: str
+    run_id: str
+    n_generations: int
+    n_members: int
+
+    def __str__(self) -> str:
+        look = self.uri if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {self.uri}"
+        return f"MLflow is up to date: {self.n_generations} generations, {self.n_members} front members. Look: {look}"
+
+
+class Replay:
+    """One run and one target; keeps the connection from attempt to attempt."""
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        self._folder, self._target = folder, target
+        self._store: MlflowStore | None = None
+        self._recipe_of: Callable[[Row], Recipe] | None = None
+        self._report: Report | None = None
+        self._seq = -1
+
+    def attempt(self, *, running: bool) -> Report:
+        """Replay whatever is new.
+
+        Args:
+            running: whether the search is at work; if not, nothing more will come soon, and MLflow is told so.
+
+        Raises:
+            Exception: whatever MLflow raises. What came before it is not replayed again.
+        """
+        with closing(Ledger.open(self._folder, read_only=True)) as ledger:
+            seq = ledger.last_seq()
+            if running and self._report and seq == self._seq:
+                return self._report
+            record, meta = Record.read(ledger), {key: ledger.meta(key) for key in ("config", "created", "digests")}
+        try:
+            self._report = self._replay(record, meta, seq, running)
+        except BaseException:
+            self._store = None  # whatever it remembers may be wrong by now
+            raise
+        self._seq = seq
+        return self._report
+
+    def _replay(self, record: Record, meta: dict[str, Any], seq: int, running: bool) -> Report:
+        from evo.mlflow_store import MlflowStore  # draws: a search that only follows should not load matplotlib
+
+        config = Config.model_validate(meta["config"])
+        if self._store is None:
+            self._store = MlflowStore(self._folder, self._target.uri, self._target.experiment, config, meta["created"])
+        store, offset = self._store, Offset.load(self._folder)
+        if offset is None or (offset.target, offset.run_id) != (self._target.digest, store.run_id):
+            offset = Offset(self._target.digest, store.run_id)
+        n = 0
+        for n, generation in enumerate(record.generations(), start=1):
+            if generation.complete and n <= offset.n_generations:
+                continue
+            store.log_generation(generation)
+            if generation.complete:
+                offset = replace(offset, n_generations=n)
+                offset.save(self._folder)
+        self._recipe_of = self._recipe_of or _recipes(config, meta["digests"])
+        store.log_members(record, self._recipe_of)
+        store.log_state(record, "running" if running else "finished" if record.finished else "stopped")
+        replace(offset, seq=seq).save(self._folder)
+        return Report(self._target.uri, store.run_id, n, len(record.front.members))
+
+
+def _recipes(config: Config, digests: dict[str, str]) -> Callable[[Row], Recipe]:
+    """Reads the headers of the checkpoints, once, and only when a genome has to be decoded."""
+    spaces: list[Any] = []
+
+    def recipe_of(row: Row) -> Recipe:
+        if row.ask.recipe is not None:
+            return row.ask.recipe
+        if not spaces:
+            from evo.assemble import build_space, open_sources
+
+            spaces.append(build_space(config, open_sources(config), digests))
+        recipe: Recipe = spaces[0].decode(row.ask.genome)
+        return recipe
+
+    return recipe_of

@@ -1,0 +1,77 @@
+"""A run's folder: the ledger, who is working on it, and how to ask them to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+LOCK_FILE, HOLDER_FILE, STOP_FILE = "lock", "holder.json", "stop"
+
+
+class BusyError(RuntimeError):
+    """Another process is working on the run."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a run's lock; the operating system drops it when the process ends, however it ends.
+
+    Raises:
+        BusyError: naming the holder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=1)  # `status` holds it for an instant when it looks
+    except filelock.Timeout:
+        raise BusyError(
+            f"another process works on {folder} ({holder(folder)}): wait for it, or end it with "
+            f"`mergefront stop {folder}`"
+        ) from None
+    try:
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        (folder / HOLDER_FILE).write_text(json.dumps(me))
+        (folder / STOP_FILE).unlink(missing_ok=True)  # left over from an earlier sitting
+        yield
+    finally:
+        (folder / HOLDER_FILE).unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether some process is working on a run."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    lock = filelock.FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def holder(folder: Path) -> str:
+    """Who holds a run, in words."""
+    try:
+        data = json.loads((folder / HOLDER_FILE).read_text())
+        return f"process {data['pid']} on {data['host']}"
+    except (OSError, ValueError, KeyError):
+        return "unknown process"
+
+
+def request_stop(folder: Path) -> None:
+    """Ask whoever works on a run to stop after the candidate in flight."""
+    (folder / STOP_FILE).touch()
+
+
+def stop_requested(folder: Path) -> bool:
+    """Whether somebody has asked this run to stop."""
+    return (folder / STOP_FILE).exists()

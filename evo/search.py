@@ -1,0 +1,159 @@
+"""A search as a user sees it: from a config or a run folder, to a front, to an exported checkpoint.
+
+search = Search.from_yaml("search.yaml", out="runs/demo")
+front = search.run()
+search.export("knee", "runs/demo/export")
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from evo import ledger as ledger_file
+from evo import tracker
+from evo.assemble import build_optimizer, build_space, build_task, open_sources, search_problem, source_digests
+from evo.config import Budget, Config, changed_keys, load_config
+from evo.front import Front, read_front
+from evo.history import History
+from evo.ledger import Ledger
+from evo.loop import Loop, ResumeError, Watcher
+from evo.run_folder import hold, stop_requested
+from fitness.types import Split, Task
+
+
+class Search:
+    """A run folder and the config that it is, or will be, worked on with."""
+
+    def __init__(self, config: Config, out: str | Path) -> None:
+        self.config = config
+        self.folder = Path(out)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, out: str | Path) -> Search:
+        """Read and validate a config.
+
+        Raises:
+            ConfigError: naming the place in the file.
+        """
+        return cls(load_config(path), out)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Search:
+        """An existing run, with the config it was started with.
+
+        Raises:
+            LedgerError: if there is none.
+        """
+        with closing(Ledger.open(Path(folder), read_only=True)) as ledger:
+            return cls(Config.model_validate(ledger.meta("config")), folder)
+
+    def front(self) -> Front:
+        """The front as the ledger has it now."""
+        with closing(Ledger.open(self.folder, read_only=True)) as ledger:
+            return read_front(ledger)
+
+    def run(self, watch: Watcher | None = None, budget: Budget | None = None) -> Front:
+        """Search until the budget is spent or somebody asks to stop; then score the front on held-out problems.
+
+        Starts the run or goes on with it. Ctrl-C, SIGTERM and `kill -9` lose at most the evaluation in flight.
+
+        Args:
+            watch: called after each evaluation.
+            budget: replaces the config's, for this sitting and later ones.
+
+        Raises:
+            BusyError: if another process works on this run.
+            ResumeError: if the config, a parent or the problems have changed since the run started.
+            CheckpointError: if the parents cannot be merged.
+            SearchError: if a parent cannot be scored.
+        """
+        with self._sitting(watch, budget) as loop:
+            loop.search()
+            if not stop_requested(self.folder):
+                loop.score_held_out()
+        return self.front()
+
+    def score_held_out(self, watch: Watcher | None = None, *, every: bool = False) -> Front:
+        """Score on held-out problems what the front's table shows and has not been scored there yet.
+
+        Args:
+            watch: called after each evaluation.
+            every: score every measured candidate, for a baseline that is judged as a whole (a line sweep).
+        """
+        with self._sitting(watch, None) as loop:
+            loop.score_held_out(every=every)
+        return self.front()
+
+    def export(self, pick: str, out: str | Path, *, force: bool = False) -> Path:
+        """Write a member of the front to disk as a checkpoint; see evo.export.export."""
+        from evo.export import export
+
+        return export(self.folder, pick, Path(out), force=force)
+
+    @contextmanager
+    def _sitting(self, watch: Watcher | None, budget: Budget | None) -> Iterator[Loop]:
+        """Everything that can be checked is checked here, before a model is loaded."""
+        with hold(self.folder), _sigterm_interrupts():
+            sources, digests, task = open_sources(self.config), source_digests(self.config), build_task(self.config)
+            space = build_space(self.config, sources, digests)
+            build_optimizer(self.config, search_problem(self.config, space))  # its options fail now or never
+            with closing(self._open_ledger(task, digests)) as ledger:
+                ledger.set_meta("budget", (budget or self.config.budget).model_dump())
+                with tracker.following(self.folder, self.config.tracking):
+                    yield Loop(self.config, self.folder, History(ledger), digests, space, task, watch)
+
+    def _open_ledger(self, task: Task, digests: dict[str, str]) -> Ledger:
+        """Start the ledger, or open it and check that nothing it is bound to has changed."""
+        problems = {split: [problem.id for problem in task.problems(split)] for split in Split}
+        if not ledger_file.exists(self.folder):
+            meta = {"config": self.config.model_dump(mode="json"), "digests": digests, "versions": _versions()}
+            return Ledger.create(self.folder, meta, problems)
+        ledger = Ledger.open(self.folder)
+        differences = changed_keys(ledger.meta("config"), self.config.model_dump(mode="json"))
+        differences += [
+            f"checkpoint {name!r}: its content has changed"
+            for name, digest in digests.items()
+            if digest != ledger.meta("digests").get(name)
+        ]
+        differences += [
+            f"problems of split {str(split)!r}: not those that the run started with"
+            for split, ids in problems.items()
+            if ids != ledger.problem_ids(split)
+        ]
+        if differences:
+            ledger.close()
+            raise ResumeError(
+                f"the run in {self.folder} cannot go on, because this has changed:\n  "
+                + "\n  ".join(differences)
+                + "\nUndo the change, or start a new run in another folder."
+            )
+        return ledger
+
+
+def _versions() -> dict[str, str]:
+    names = ("mergefront", "torch", "transformers", "numpy", "cma", "optuna")
+    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Treat SIGTERM (a preempted job) like Ctrl-C, so that files are closed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

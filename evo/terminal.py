@@ -1,0 +1,199 @@
+"""What a person sees in the terminal: live progress, the table of the front, the state of a run.
+
+Live on a terminal; one line an evaluation elsewhere (logs, CI).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from evo.config import Budget
+from evo.front import Front, Row
+from evo.history import History
+from evo.ledger import Ledger
+from evo.loop import Progress as Event
+from evo.loop import Watcher
+from evo.run_folder import holder, is_held
+from evo.search import Search
+from evo.types import Status
+from fitness.types import Split
+
+PICTURE_FILE = "front.png"
+
+
+@contextmanager
+def watching(search: Search, *, quiet: bool = False) -> Iterator[Watcher | None]:
+    """A watcher that shows each evaluation as it comes."""
+    console = Console(stderr=quiet)
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        console.print(f"[dim]run folder {search.folder}; Ctrl-C stops, the same command goes on[/dim]")
+        with Live(console=console, refresh_per_second=4) as live:
+            yield _LiveWatcher(live)
+    else:
+        started = time.monotonic()
+        yield lambda event: print(_line(event, time.monotonic() - started), flush=True)
+
+
+class _LiveWatcher:
+    """A progress bar over the budget above the front so far."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), expand=False
+        )
+        self._task = self._bar.add_task("search", total=1.0)
+        self._started, self._first = time.monotonic(), None
+
+    def __call__(self, event: Event) -> None:
+        history = event.history
+        if event.entry.split is Split.HELD_OUT:
+            shown = len(history.entries[Split.HELD_OUT])
+            self._bar.update(
+                self._task, completed=shown, total=shown + len(history.front.unscored()), description="held-out scores"
+            )
+        else:
+            self._bar.update(self._task, completed=share_spent(history), description=_pace(history))
+        grid = Table.grid()
+        grid.add_row(self._bar)
+        grid.add_row(front_table(history.front, held_out=event.entry.split is Split.HELD_OUT, limit=12))
+        self._live.update(grid)
+
+
+def share_spent(history: History) -> float:
+    """How much of the budget is used, by the limit that is nearest."""
+    limits = history.budget.model_dump(exclude_none=True)
+    return min(1.0, max(float(history.spent[key] / limit) for key, limit in limits.items()))
+
+
+def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Table:
+    """Members of the front, then parents and baselines that are not on it. Fits 80 columns."""
+    title = f"Pareto front: {len(front.members)} of {len(front.evaluated)} models"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = ["id", "model", "accuracy %", "tokens", "p90", "cut off %"]
+    columns += ["held-out %", "tokens", "drop"] if held_out else ["correct only"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for row in front.members if limit is None else _spread(front.members, limit):
+        table.add_row(*_cells(row, held_out), style="bold" if row.ask.origin == "search" else "")
+    on_front = {row.ask.id for row in front.members}
+    others = [row for row in (*front.parents, *front.baselines) if row.ask.id not in on_front]
+    if others:
+        table.add_section()
+        for row in others:
+            table.add_row(*_cells(row, held_out), style="dim")
+    return table
+
+
+def print_front(front: Front, *, held_out: bool) -> None:
+    """The table of a front, in full, and its hypervolume."""
+    console = Console(soft_wrap=True)
+    console.print(front_table(front, held_out=held_out))
+    line = f"hypervolume {front.hypervolume:.4f} on the search split"
+    if held_out and (there := front.hypervolume_on(Split.HELD_OUT)) is not None:
+        line += f", {there:.4f} held out"
+    if front.scale is not None:
+        error, *rest = front.scale.reference
+        line += f" (reference point: error {error:g}" + "".join(f", {r:.1f} tokens" for r in rest) + ")"
+    console.print(line, highlight=False)
+
+
+def print_ending(front: Front, search: Search) -> None:
+    """What a run ends with: the table, the picture, and what to type next."""
+    from evo.picture import save_front
+
+    scored = not front.unscored()
+    print_front(front, held_out=scored)
+    folder = search.folder
+    save_front(front, folder / PICTURE_FILE, title=folder.name, held_out=scored)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"\npicture   {folder / PICTURE_FILE}")
+    if search.config.tracking.enabled:
+        from evo.tracker import default_uri
+
+        console.print(f"MLflow    mlflow ui --backend-store-uri {search.config.tracking.uri or default_uri(folder)}")
+    console.print(f"export    mergefront export {folder} --pick knee --out my-model")
+    console.print("go on     the same command with --budget candidates=N, N larger than before")
+
+
+def print_status(folder: Path) -> None:
+    """The state of a run, read from its ledger without disturbing it."""
+    with closing(Ledger.open(folder, read_only=True)) as ledger:
+        history, versions = History(ledger), ledger.meta("versions")
+    front, searched = history.front, history.entries[Split.SEARCH].values()
+    state = f"running ({holder(folder)})" if is_held(folder) else ("finished" if history.exhausted else "stopped")
+    n_failed = sum(entry.status is Status.FAILED for entry in searched)
+    n_infeasible = sum(bool(entry.violations) for entry in searched)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{folder}: [bold]{state}[/bold], {share_spent(history):.0%} of the budget spent")
+    console.print(_budget_line(history.budget, history.spent))
+    console.print(f"evaluated {len(searched)}, failed {n_failed}, infeasible {n_infeasible}; {_pace(history)}")
+    console.print(f"front {len(front.members)} models, hypervolume {front.hypervolume:.4f}")
+    console.print("[dim]" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "[/dim]")
+
+
+def _budget_line(budget: Budget, spent: dict[str, float]) -> str:
+    limits = budget.model_dump()
+    parts = [
+        f"{key} {spent[key]:,.2f} of {limit:,g}" if key == "hours" else f"{key} {spent[key]:,.0f} of {limit:,}"
+        for key, limit in limits.items()
+        if limit is not None
+    ]
+    return "budget: " + "; ".join(parts)
+
+
+def _pace(history: History) -> str:
+    hours, tokens = history.spent["hours"], history.spent["tokens"]
+    if not hours:
+        return "starting"
+    return f"{history.spent['candidates'] / hours:,.0f} candidates/h, {tokens / hours / 3600:,.0f} tokens/s"
+
+
+def _line(event: Event, seconds: float) -> str:
+    entry, history = event.entry, event.history
+    where = f"{seconds:7.1f}s  {share_spent(history):4.0%}  {event.ask.name:<12}"
+    if entry.summary is None:
+        return f"{where} failed: {entry.detail.get('reason')}"
+    score = entry.summary
+    text = (
+        f"{where} accuracy {score['accuracy']:.3f} ± {score['accuracy_stderr']:.3f}, tokens {score['tokens_mean']:.1f}"
+    )
+    if entry.split is Split.HELD_OUT:
+        return f"{text}  (held out)"
+    if entry.violations:
+        text += f"  infeasible: {', '.join(entry.violations)}"
+    return f"{text}  | front {len(history.front.members)}, hypervolume {history.front.hypervolume:.4f}"
+
+
+def _cells(row: Row, held_out: bool) -> list[str]:
+    s, h = row.to_dict(Split.SEARCH), row.to_dict(Split.HELD_OUT)
+    cells = [str(row.ask.id), row.ask.name, _percent(s), f"{s['tokens_mean']:.1f}", f"{s['tokens_p90']:.0f}"]
+    cells.append(f"{100 * s['truncated']:.1f}")
+    if not held_out:
+        return [*cells, "-" if s["tokens_correct_mean"] is None else f"{s['tokens_correct_mean']:.1f}"]
+    if h["accuracy"] is None:
+        return [*cells, "-", "-", "-"]
+    return [*cells, _percent(h), f"{h['tokens_mean']:.1f}", f"{100 * (s['accuracy'] - h['accuracy']):+.1f}"]
+
+
+def _percent(scores: dict[str, Any]) -> str:
+    return f"{100 * scores['accuracy']:.1f} ± {100 * scores['accuracy_stderr']:.1f}"
+
+
+def _spread(members: tuple[Row, ...], limit: int) -> list[Row]:
+    """At most `limit` members, evenly over the front."""
+    if len(members) <= limit:
+        return list(members)
+    return [members[round(i * (len(members) - 1) / (limit - 1))] for i in range(limit)]

@@ -1,0 +1,21 @@
+"""Turns a score into the numbers that a search minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitness.types import Score
+
+OBJECTIVES: Mapping[str, Callable[[Score], float]] = {
+    "error": lambda score: 1.0 - score.accuracy,
+    "tokens": lambda score: score.tokens_mean,
+}
+"""Name -> loss of a score; lower is better."""
+
+
+def losses(score: Score, objectives: Sequence[str]) -> NDArray[np.float64]:
+    """Shape (n_objectives,), in the order asked for."""
+    return np.array([OBJECTIVES[name](score) for name in objectives])

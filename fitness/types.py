@@ -1,0 +1,210 @@
+"""The data that crosses borders in `fitness`: problems, completions, verdicts, scores.
+
+Shapes: P problems, S samples a problem.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Split(StrEnum):
+    """Disjoint sets of problems. No flag mixes them."""
+
+    SEARCH = "search"
+    """What candidates are scored on while the search runs."""
+    RESERVE = "reserve"
+    """Kept to confirm members of the front while the search runs."""
+    HELD_OUT = "held_out"
+    """Looked at once the search has ended, and never selected on."""
+
+
+class Finish(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    """The model produced a stop token."""
+    LENGTH = "length"
+    """The token limit cut it off."""
+
+
+class Verdict(IntEnum):
+    """A grader's judgement of one completion. Stored as a byte: never renumber."""
+
+    CORRECT = 0
+    WRONG = 1
+    """An answer was found, and it is not the right one."""
+    UNPARSABLE = 2
+    """No answer was found."""
+    TRUNCATED = 3
+    """Cut off by the token limit: counts as wrong whatever it says, so that a cap never buys accuracy."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its reference answer."""
+
+    question: str
+    answer: str
+
+    @property
+    def id(self) -> str:
+        """Hash of the question: the same problem has the same id wherever it comes from."""
+        return hashlib.blake2b(self.question.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote for one prompt."""
+
+    text: str
+    """Decoded without the stop token."""
+    n_tokens: int
+    """Generated tokens, the stop token included."""
+    n_think_tokens: int
+    """Of these, the tokens of the thinking part: all up to and including its end tag, 0 where there is none."""
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a list of problems."""
+
+    problem_ids: tuple[str, ...]
+    verdicts: NDArray[np.uint8]
+    """Shape (P, S), values of Verdict."""
+    n_tokens: NDArray[np.int32]
+    """Shape (P, S)."""
+    n_think_tokens: NDArray[np.int32]
+    """Shape (P, S)."""
+
+    @property
+    def n_problems(self) -> int:
+        """P."""
+        return len(self.problem_ids)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Shape (P, S)."""
+        return np.asarray(self.verdicts == Verdict.CORRECT)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct samples."""
+        return float(self.correct.mean())
+
+    @property
+    def accuracy_stderr(self) -> float:
+        """Standard error of the accuracy, clustered by problem."""
+        return _stderr(self.correct.mean(axis=1))
+
+    @property
+    def tokens_mean(self) -> float:
+        """Mean generated tokens over all samples."""
+        return float(self.n_tokens.mean())
+
+    @property
+    def tokens_mean_stderr(self) -> float:
+        """Standard error of tokens_mean, clustered by problem."""
+        return _stderr(self.n_tokens.mean(axis=1))
+
+    @property
+    def truncated(self) -> float:
+        """Share of samples that the token limit cut off."""
+        return float((self.verdicts == Verdict.TRUNCATED).mean())
+
+    @property
+    def n_generated(self) -> int:
+        """Generated tokens in all."""
+        return int(self.n_tokens.sum())
+
+    def summary(self) -> dict[str, float | int | None]:
+        """The figures that tables show, all as plain numbers; None where there is nothing to average."""
+        solved = self.n_tokens[self.correct]
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_stderr": self.accuracy_stderr,
+            "n_problems": self.n_problems,
+            "tokens_mean": self.tokens_mean,
+            "tokens_mean_stderr": self.tokens_mean_stderr,
+            **_quantiles("tokens", self.n_tokens),
+            "tokens_correct_mean": float(solved.mean()) if solved.size else None,
+            **_quantiles("tokens_correct", solved),
+            "think_tokens_mean": float(self.n_think_tokens.mean()),
+            "truncated": self.truncated,
+            "unparsable": float((self.verdicts == Verdict.UNPARSABLE).mean()),
+            "n_generated": self.n_generated,
+        }
+
+
+class Task(Protocol):
+    """A source of problems that can grade answers to them."""
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The problems of a split, in a fixed order.
+
+        Raises:
+            ValueError: if there are fewer than the config asks for, or the data cannot be used.
+        """
+        ...
+
+    def prompt(self, problem: Problem) -> str:
+        """What the user says to the model, before any chat template."""
+        ...
+
+    def grade(self, problem: Problem, completion: Completion) -> Verdict:
+        """Judge a completion. Never raises, whatever the text."""
+        ...
+
+
+class Engine(Protocol):
+    """A resident model that weights are written into and text comes out of.
+
+    The engine hosts the writing: weights may live in other processes, sharded or repacked, so it is told
+    what to run where they live ("module:attribute"), never handed tensors. `fitness` so knows no recipes.
+    """
+
+    capabilities: frozenset[str]
+    """Of "generate", "logprobs", "routing", "paths"."""
+
+    def host(self, writer: str, **arguments: Any) -> None:
+        """Create the writer beside the weights: `writer` names a callable (slots, **arguments) whose result
+        has a method `write(recipe)`. `slots` maps checkpoint tensor names to resident tensors.
+        """
+        ...
+
+    def update(self, recipe: Mapping[str, Any]) -> Any:
+        """Let the writer write a recipe, then drop every cache that depends on the weights."""
+        ...
+
+    def generate(self, prompts: Sequence[str], *, max_tokens: int, seed: int = 0) -> list[Completion]:
+        """Complete prompts (plain user messages), in order.
+
+        Raises:
+            ValueError: if a prompt and max_tokens together exceed the model's context.
+        """
+        ...
+
+    def slots(self) -> Mapping[str, Tensor]:
+        """Checkpoint tensor name -> resident tensor (a view), for tests and writers in this process."""
+        ...
+
+
+def _stderr(per_problem: NDArray[np.floating[Any]]) -> float:
+    """Standard error of a mean; infinite for a single problem would help nobody, so 0."""
+    n = len(per_problem)
+    return float(per_problem.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+
+
+def _quantiles(name: str, values: NDArray[np.int32]) -> dict[str, float | None]:
+    if not values.size:
+        return {f"{name}_median": None, f"{name}_p90": None}
+    return {f"{name}_median": float(np.median(values)), f"{name}_p90": float(np.quantile(values, 0.9))}

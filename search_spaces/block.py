@@ -1,0 +1,35 @@
+"""A coefficient for each block and role: Sakana's parameter space (arXiv 2403.13187), split by role.
+
+Roles are searched apart because merges break and gain at different places: routed experts carry skill
+(arXiv 2506.14794), and without its feed-forward layers interpolated a model loses its thinking
+(arXiv 2510.10977).
+"""
+
+from collections.abc import Sequence
+
+from search_spaces.grouped import Group, GroupedSpace, Ingredients
+from search_spaces.layout import Layout, Role
+
+
+def block(layout: Layout, ingredients: Ingredients, *, roles: Sequence[Sequence[Role]] | None = None) -> GroupedSpace:
+    """A space of one gene per (block, role group, donor).
+
+    Args:
+        layout: of the checkpoints.
+        ingredients: the sources and how they are merged.
+        roles: which roles share a gene, e.g. [[attention, norm], [routed_expert]]; a role that is in no
+            group is copied from the base. Default: every role by itself.
+    """
+    return GroupedSpace(block_groups(layout, roles), ingredients, layout)
+
+
+def block_groups(layout: Layout, roles: Sequence[Sequence[Role]] | None = None) -> list[Group]:
+    """The (block, role) groups of a layout, outermost parts (embedding, head, last norm) last."""
+    groups = [tuple(group) for group in roles] if roles else [(role,) for role in Role]
+    found: list[Group] = []
+    for index in [*range(layout.n_blocks), -1]:
+        present = layout.roles_in(None if index == -1 else index)
+        place = "model" if index == -1 else f"block{index}"
+        here = [tuple(role for role in group if role in present) for group in groups]
+        found += [Group(f"{place}.{'+'.join(group)}", group, (index,)) for group in here if group]
+    return found

@@ -1,0 +1,139 @@
+"""Where each tensor of a checkpoint sits: its block, its expert and its role.
+
+Knows names and shapes only: no torch, no files, no values. The unit is a *part*: a whole tensor, or,
+where a checkpoint packs all experts of a block into one tensor, one expert's slice of it. Spaces and
+recipes speak of parts, so that per-expert and packed checkpoints are addressed alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a tensor does in a transformer."""
+
+    ATTENTION = "attention"
+    """Projections of an attention layer, with the norms, biases and sinks inside it."""
+    FFN = "ffn"
+    """A dense feed-forward layer."""
+    SHARED_EXPERT = "shared_expert"
+    """The expert of a MoE block that sees every token."""
+    ROUTED_EXPERT = "routed_expert"
+    """One of the experts of a MoE block that the router picks from."""
+    ROUTER = "router"
+    """Scores experts: the gate, its bias, and the gate of a shared expert."""
+    NORM = "norm"
+    """A norm between layers, or the last one."""
+    EMBEDDING = "embedding"
+    """Token (and position) embeddings."""
+    HEAD = "head"
+    """The output projection to the vocabulary."""
+
+
+# Tried in this order; the first match wins. Attention comes before norm, so that q_norm and
+# q_a_layernorm move with the projections they were trained with.
+_ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
+    (Role.HEAD, r"(^|\.)(lm_head|embed_out)\."),
+    (Role.EMBEDDING, r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)\."),
+    (Role.ATTENTION, r"\.(self_attn|linear_attn|attn|attention)\."),
+    (Role.ROUTER, r"\.(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)\.|\.shared_expert_gate\."),
+    (Role.SHARED_EXPERT, r"\.shared_experts?\."),
+    (Role.ROUTED_EXPERT, r"\.experts\."),
+    (Role.NORM, r"(norm\w*|\bln_\w+)\.(weight|bias)$"),
+    (Role.FFN, r"\.(mlp|feed_forward|ffn)\."),
+)
+_ROLES = tuple((role, re.compile(pattern)) for role, pattern in _ROLE_PATTERNS)
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The smallest piece of a checkpoint that gets a coefficient of its own."""
+
+    tensor: str
+    """Name of the tensor in the checkpoint."""
+    row: int | None
+    """Index along dimension 0 if this is one expert of a packed tensor, else None."""
+    block: int | None
+    """Index of the transformer block, or None (embeddings, head, last norm)."""
+    expert: int | None
+    """Index of the routed expert, or None."""
+    role: Role
+
+    @property
+    def cell(self) -> tuple[Role, int | None, int | None]:
+        """The address that recipes select by: (role, block, expert)."""
+        return (self.role, self.block, self.expert)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All parts of a checkpoint, in the checkpoint's order, and how many blocks and experts it has."""
+
+    parts: tuple[Part, ...]
+    n_blocks: int
+    n_experts: int
+
+    def roles_in(self, block: int | None) -> tuple[Role, ...]:
+        """Roles that occur in a block (or, for None, outside all blocks), in the order of Role."""
+        present = {part.role for part in self.parts if part.block == block}
+        return tuple(role for role in Role if role in present)
+
+    def experts_in(self, block: int) -> tuple[int, ...]:
+        """Indices of the routed experts of a block, ascending; empty for a dense block."""
+        found = {p.expert for p in self.parts if p.block == block and p.expert is not None}
+        return tuple(sorted(found))
+
+
+class UnknownTensorError(ValueError):
+    """A checkpoint holds tensors whose role cannot be read from their names."""
+
+
+def parse_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Read a layout from tensor names and shapes.
+
+    Args:
+        shapes: checkpoint tensor name -> shape.
+
+    Raises:
+        UnknownTensorError: naming every tensor that no pattern understands.
+    """
+    parts: list[Part] = []
+    unknown: list[str] = []
+    for name, shape in shapes.items():
+        role = _role_of(name)
+        if role is None:
+            unknown.append(name)
+            continue
+        parts.extend(_parts_of(name, shape, role))
+    if unknown:
+        raise UnknownTensorError(
+            f"{len(unknown)} tensor(s) have a name from which no role can be read: {_some(unknown)}. "
+            "Expected names like model.layers.N.self_attn..., .mlp..., .experts.E..., *norm, embed_tokens or "
+            "lm_head. Add a pattern for this architecture to search_spaces/layout.py."
+        )
+    blocks = [part.block for part in parts if part.block is not None]
+    experts = [part.expert for part in parts if part.expert is not None]
+    return Layout(tuple(parts), max(blocks, default=-1) + 1, max(experts, default=-1) + 1)
+
+
+def _role_of(name: str) -> Role | None:
+    return next((role for role, pattern in _ROLES if pattern.search(name)), None)
+
+
+def _parts_of(name: str, shape: tuple[int, ...], role: Role) -> Iterable[Part]:
+    block_match, expert_match = _BLOCK.search(name), _EXPERT.search(name)
+    block = int(block_match[1]) if block_match else None
+    if role is Role.ROUTED_EXPERT and expert_match is None:  # packed: (n_experts, ...)
+        return [Part(name, row, block, row, role) for row in range(shape[0])]
+    return [Part(name, None, block, int(expert_match[1]) if expert_match else None, role)]
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

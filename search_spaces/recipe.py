@@ -1,0 +1,190 @@
+"""A recipe: everything that is needed to build one merged model, as plain data.
+
+The only currency between a search and weights: soups, long2short averaging and R1T-Chimera are recipes
+in a file, not classes. Knows nothing of tensors or of how a method works; it names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from search_spaces.layout import Layout, Part, Role
+
+RECIPE_VERSION = 1
+
+Cell = tuple[Role, int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that a recipe draws from."""
+
+    path: str
+    """Folder of the checkpoint."""
+    digest: str | None = None
+    """Content digest, or None where nobody has computed it yet."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the parts that it selects are merged.
+
+    A selector that is None selects everything. Blocks select parts inside blocks only; a rule for roles
+    that live outside all blocks (embedding, head, last norm) leaves `blocks` at None or names -1.
+    """
+
+    method: str
+    """Name of a merge method, e.g. "linear"."""
+    coefficients: Mapping[str, float]
+    """Source name -> coefficient."""
+    roles: tuple[Role, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    """Block indices; -1 stands for the parts outside all blocks."""
+    experts: tuple[int, ...] | None = None
+    """Routed-expert indices; a rule that names experts selects nothing else."""
+    knobs: Mapping[str, float] = field(default_factory=dict)
+    """Further arguments of the method (density, ...)."""
+
+    def cells(self, layout_cells: frozenset[Cell]) -> list[Cell]:
+        """The addresses of a layout that this rule selects."""
+        if self.roles is not None and self.blocks is not None and self.experts is not None:
+            wanted = [(r, _block(b), e) for r in self.roles for b in self.blocks for e in self.experts]
+            return [cell for cell in wanted if cell in layout_cells]
+        return [cell for cell in layout_cells if self._selects(cell)]
+
+    def _selects(self, cell: Cell) -> bool:
+        role, block, expert = cell
+        return (
+            (self.roles is None or role in self.roles)
+            and (self.blocks is None or (-1 if block is None else block) in self.blocks)
+            and (self.experts is None or expert in self.experts)
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One merged model.
+
+    Of several rules that select a part, the first in the list merges it. A part that no rule selects
+    is copied from `base`.
+    """
+
+    sources: Mapping[str, Source]
+    base: str
+    """The source that unselected parts are copied from, and that methods call their base model."""
+    interface: str
+    """The source whose tokenizer, chat template, stop tokens, config and generation config the child gets."""
+    rules: tuple[Rule, ...] = ()
+    seed: int = 0
+    """Seed of the random masks of methods that draw any; one per search, so that masks stay put."""
+
+    def __post_init__(self) -> None:
+        named = {self.base, self.interface}.union(*(rule.coefficients for rule in self.rules))
+        if missing := sorted(named - set(self.sources)):
+            raise ValueError(f"recipe names {missing}, but its sources are {sorted(self.sources)}")
+
+    def assign(self, layout: Layout) -> dict[Part, Rule | None]:
+        """Give every part of a layout its rule, or None for a copy of the base. Linear in parts + rules."""
+        cells = frozenset(part.cell for part in layout.parts)
+        rule_of: dict[Cell, Rule] = {}
+        for rule in self.rules:
+            for cell in rule.cells(cells):
+                rule_of.setdefault(cell, rule)
+        return {part: rule_of.get(part.cell) for part in layout.parts}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in a recipe file."""
+        return {
+            "version": RECIPE_VERSION,
+            "base": self.base,
+            "interface": self.interface,
+            "seed": self.seed,
+            "sources": {name: _drop_none(vars(source)) for name, source in self.sources.items()},
+            "rules": [_rule_to_dict(rule) for rule in self.rules],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Inverse of to_dict.
+
+        Raises:
+            ValueError: if the version or a key is unknown, or a key is missing.
+        """
+        if data.get("version") != RECIPE_VERSION:
+            raise ValueError(f"expected a recipe of version {RECIPE_VERSION}, got {data.get('version')!r}")
+        try:
+            return cls(
+                sources={name: Source(**source) for name, source in data["sources"].items()},
+                base=data["base"],
+                interface=data["interface"],
+                rules=tuple(_rule_from_dict(rule) for rule in data.get("rules", ())),
+                seed=data.get("seed", 0),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a recipe: {error}") from error
+
+    def to_yaml(self) -> str:
+        """The text of a recipe file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Inverse of to_yaml; reads with the safe loader only."""
+        return cls.from_dict(yaml.safe_load(text))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the recipe's canonical JSON, paths left out where a content digest is known."""
+        data = self.to_dict()
+        data["sources"] = {n: s.get("digest") or s["path"] for n, s in data["sources"].items()}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def copy_of(name: str, sources: Mapping[str, Source], interface: str) -> Recipe:
+    """The recipe whose every tensor is a bitwise copy of one source."""
+    return Recipe(sources=sources, base=name, interface=interface)
+
+
+def _block(index: int) -> int | None:
+    return None if index == -1 else index
+
+
+def _drop_none(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _rule_to_dict(rule: Rule) -> dict[str, Any]:
+    data: dict[str, Any] = {"method": rule.method, "coefficients": dict(rule.coefficients)}
+    if rule.roles is not None:
+        data["roles"] = [str(role) for role in rule.roles]
+    if rule.blocks is not None:
+        data["blocks"] = list(rule.blocks)
+    if rule.experts is not None:
+        data["experts"] = list(rule.experts)
+    if rule.knobs:
+        data["knobs"] = dict(rule.knobs)
+    return data
+
+
+def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
+    known = {"method", "coefficients", "roles", "blocks", "experts", "knobs"}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(f"unknown key(s) {unknown} in a rule; expected {sorted(known)}")
+    return Rule(
+        method=data["method"],
+        coefficients=dict(data["coefficients"]),
+        roles=_tuple_of(Role, data.get("roles")),
+        blocks=_tuple_of(int, data.get("blocks")),
+        experts=_tuple_of(int, data.get("experts")),
+        knobs=dict(data.get("knobs", {})),
+    )
+
+
+def _tuple_of(kind: Any, values: Any) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(kind(value) for value in values)

@@ -1,0 +1,106 @@
+"""Tiny real checkpoints, made in milliseconds from transformers' own config classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
+
+CHIMERA = Path(__file__).parent.parent / "experiments" / "chimera_mini"
+VOCABULARY = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "</think>", *"0123456789+-*=;?"]
+
+_COMMON = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_COMMON, intermediate_size=48),
+    "llama_tied": lambda: LlamaConfig(**_COMMON, intermediate_size=48, tie_word_embeddings=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_COMMON, intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=16
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **_COMMON,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+    ),
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, with a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[^>]+>|."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = "<s>{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
+    return fast
+
+
+def make_checkpoint(
+    folder: Path, config: str, seed: int, *, dtype: torch.dtype = torch.bfloat16, shard: str = "8KB"
+) -> Path:
+    """A random sharded checkpoint in the published layout, with a tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[config]())
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # norms start at exactly one
+        parameter.data = parameter.data.to(torch.float32 if "e_score" in name else dtype)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if "e_score" in name:
+                buffer.normal_(std=0.01)
+    model.config.dtype = dtype
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=list(CONFIGS))
+def parents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three random checkpoints of one architecture: ancestor, a, b."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return {name: make_checkpoint(folder / name, request.param, seed) for seed, name in enumerate(["base", "a", "b"])}
+
+
+@pytest.fixture(scope="session")
+def moe_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three random DeepSeek-V3 checkpoints."""
+    folder = tmp_path_factory.mktemp("moe")
+    return {name: make_checkpoint(folder / name, "deepseek_v3", seed) for seed, name in enumerate(["base", "a", "b"])}

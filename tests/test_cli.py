@@ -1,0 +1,135 @@
+"""The command as a user types it: real processes, their output and their exit codes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_search import write_config
+
+
+def mergefront(*arguments, **options):
+    command = [sys.executable, "-m", "evo.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """One run from start to end."""
+    folder = tmp_path_factory.mktemp("cli")
+    result = mergefront("run", write_config(folder, candidates=8), "--out", folder / "run")
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result.stdout
+
+
+def test_run_shows_each_evaluation_and_what_to_do_next(session):
+    folder, output = session
+    lines = output.splitlines()
+    assert sum("accuracy" in line and "held out" not in line and "hypervolume" in line for line in lines) >= 3
+    for text in ("reasoner", "concise", "average", "c7", "(held out)", "hypervolume", f"mergefront export {folder}"):
+        assert text in output
+    assert (folder / "front.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "\x1b" not in output  # no escape codes where nobody looks
+
+
+def test_front_as_json(session):
+    folder, _ = session
+    for arguments, split, n in (((), "search", 24), (("--held-out",), "held_out", 40)):
+        result = mergefront("front", folder, "--json", *arguments)
+        data = json.loads(result.stdout)
+        assert [row["name"] for row in data["parents"]] == ["reasoner", "concise"]
+        assert [row["name"] for row in data["baselines"]] == ["average"]
+        for row in (*data["front"], *data["parents"], *data["baselines"]):
+            assert {"id", "name", "accuracy", "accuracy_stderr", "n_problems", "tokens_mean", "truncated"} <= row.keys()
+            assert row["split"] == split and row["n_problems"] == n
+            assert 0 <= row["accuracy"] <= 1 and 0 <= row["truncated"] <= 1
+
+
+def test_front_as_table(session):
+    result = mergefront("front", session[0], "--held-out", env={"COLUMNS": "80"})
+    assert result.returncode == 0, result.stderr
+    assert "held-out %" in result.stdout and "reasoner" in result.stdout
+    table = [line for line in result.stdout.splitlines() if not line.startswith("hypervolume")]
+    assert max(map(len, table)) <= 80
+
+
+def test_status(session):
+    result = mergefront("status", session[0])
+    for text in ("finished", "candidates 8 of 8", "evaluated 8, failed 0", "transformers 5"):
+        assert text in result.stdout
+
+
+def test_export(session, tmp_path):
+    folder, _ = session
+    out = tmp_path / "model"
+    result = mergefront("export", folder, "--pick", "max-accuracy", "--out", out)
+    assert result.returncode == 0 and (out / "config.json").is_file()
+    again = mergefront("export", folder, "--pick", "max-accuracy", "--out", out)
+    assert again.returncode == 1 and "--force" in again.stderr
+
+
+def test_stop_ends_a_running_search_and_run_goes_on(tmp_path):
+    path, folder = write_config(tmp_path, candidates=5000), tmp_path / "run"
+    command = [sys.executable, "-m", "evo.cli", "run", str(path), "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for _ in range(4):
+        process.stdout.readline()
+    assert "running" in mergefront("status", folder).stdout
+    busy = mergefront("run", path, "--out", folder)
+    assert busy.returncode == 1 and f"process {process.pid}" in busy.stderr
+    result = mergefront("stop", folder)
+    assert result.returncode == 0 and "stopped" in result.stdout
+    assert process.wait(timeout=60) == 0
+    assert "stopped" in mergefront("status", folder).stdout
+    n = json.loads(mergefront("front", folder, "--json").stdout)["parents"]
+    assert len(n) == 2
+    assert "nothing is running" in mergefront("stop", folder).stdout
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_end_cleanly(tmp_path, sent):
+    path, folder = write_config(tmp_path, candidates=5000), tmp_path / "run"
+    command = [sys.executable, "-m", "evo.cli", "run", str(path), "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    start = time.monotonic()
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - start < 30
+    assert "goes on" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "{config}", "--out", "{run}", "--budget", "cats=3"], "--budget: expected candidates=N"),
+        (["run", "{missing}", "--out", "{run}"], "cannot read"),
+        (["front", "{missing}"], "no run in"),
+        (["status", "{missing}"], "no run in"),
+        (["stop", "{missing}"], "no run in"),
+        (["export", "{missing}", "--pick", "knee", "--out", "{run}"], "no run in"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_1(arguments, expected, tmp_path):
+    names = {"config": write_config(tmp_path), "run": tmp_path / "run", "missing": tmp_path / "missing"}
+    result = mergefront(*[argument.format(**names) for argument in arguments])
+    assert result.returncode == 1
+    assert expected in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_bad_config_is_told_before_any_work(tmp_path):
+    path = write_config(tmp_path, optimizer="{kind: nsga3}")
+    result = mergefront("run", path, "--out", tmp_path / "run")
+    assert result.returncode == 1
+    assert f"{path}:5: optimizer.kind: no optimizer is called 'nsga3'" in result.stderr
+    assert "did you mean 'nsga2'?" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["front"], ["export"], ["status"], ["stop"], ["sync"]])
+def test_help_is_worth_reading(command):
+    result = mergefront(*command, "--help")
+    assert result.returncode == 0 and len(result.stdout) > 300

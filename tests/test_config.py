@@ -1,0 +1,100 @@
+"""Every mistake is one readable line that names its place in the file."""
+
+import pytest
+
+from evo.config import ConfigError, changed_keys, component_options, load_config
+from evo.optimizers import OPTIMIZERS
+
+GOOD = """\
+parents:
+  reasoner: r
+  concise: c
+space: {kind: block, roles: [[attention, norm], [ffn]]}
+task: {kind: arithmetic, search: 32}
+engine: {max_tokens: 64, dtype: float32}
+optimizer: {kind: cma_es, sigma: 0.2}
+budget: {candidates: 10}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    for name in ("r", "c", "b"):
+        (tmp_path / name).mkdir()
+
+    def write(text):
+        (tmp_path / "search.yaml").write_text(text)
+        return tmp_path / "search.yaml"
+
+    return write
+
+
+def test_a_good_file(write, tmp_path):
+    config = load_config(write(GOOD))
+    assert config.parents == {"reasoner": tmp_path / "r", "concise": tmp_path / "c"}  # relative to the file
+    assert (config.space_base, config.space_donors, config.interface_parent) == ("concise", ("reasoner",), "reasoner")
+    assert component_options(config.optimizer, OPTIMIZERS) == {"sigma": 0.2}
+
+
+def test_task_arithmetic_starts_from_the_ancestor(write):
+    config = load_config(write(GOOD.replace("{kind: block", "{kind: block, method: task_arithmetic") + "base: b\n"))
+    assert (config.space_base, config.space_donors) == ("base", ("reasoner", "concise"))
+
+
+MISTAKES = {  # what is changed -> what the message must hold
+    ("budget: {candidates: 10}", "budgt: {candidates: 10}"): ["search.yaml:8", "budgt", "did you mean 'budget'?"],
+    ("budget: {candidates: 10}", ""): ["the key 'budget' is missing"],
+    ("candidates: 10", "candidates: many"): ["search.yaml:8: budget.candidates", "valid integer", "'many'"],
+    ("candidates: 10", "candidates: 0"): ["budget.candidates", "greater than or equal to 1", "got 0"],
+    ("{candidates: 10}", "{}"): ["at least one of candidates, tokens, hours"],
+    ("kind: cma_es", "kind: cma_ess"): ["search.yaml:7", "'cma_ess'", "did you mean 'cma_es'?"],
+    ("kind: block", "kind: blocks"): ["search.yaml:4", "did you mean 'block'?"],
+    ("kind: arithmetic", "kind: gsm8k"): ["search.yaml:5", "no task is called 'gsm8k'", "arithmetic, table"],
+    ("sigma: 0.2", "sgma: 0.2"): ["search.yaml:7: optimizer.sgma", "did you mean 'sigma'?"],
+    ("sigma: 0.2", "sigma: wide"): ["search.yaml:7: optimizer.sigma", "valid number", "'wide'"],
+    ("dtype: float32", "dtipe: float32"): ["search.yaml:6: engine.dtipe", "did you mean 'dtype'?"],
+    ("norm]", "nrm]"): ["search.yaml:4: space.roles", "'attention'", "'nrm'"],
+    ("concise: c", "concise: nowhere"): ["search.yaml:3: parents.concise", "no checkpoint folder at"],
+    ("  concise: c\n", ""): ["parents", "at least 2"],
+    ("kind: block,", "kind: block, base: concisse,"): ["no source is called 'concisse'", "did you mean 'concise'?"],
+    ("kind: block,", "kind: block, donors: [concise],"): ["cannot be both the base and a donor"],
+    ("task: {kind: arithmetic, search: 32}", "task: {kind: table, path: x.jsonl}"): ["task.path", "no file at"],
+    ("task: {kind: arithmetic, search: 32}", "task: {kind: table}"): ["search.yaml:5: task", "'path' is missing"],
+    ("parents:", "parents: ["): ["not valid YAML"],
+    (GOOD, "just words"): ["expected keys such as parents"],
+    (GOOD, "a: &a [x]\nb: *c"): ["not valid YAML"],
+    (GOOD, "!!python/object/apply:os.system ['true']"): ["not valid YAML"],
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), MISTAKES.items(), ids=[str(i) for i in range(len(MISTAKES))])
+def test_mistakes(write, change, expected):
+    assert change[0] in GOOD
+    with pytest.raises(ConfigError) as error:
+        load_config(write(GOOD.replace(*change)))
+    for text in expected:
+        assert text in str(error.value)
+
+
+def test_several_mistakes_are_told_at_once(write):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(GOOD.replace("sigma: 0.2", "sgma: 1, popultion: 3").replace("concise: c", "concise: gone")))
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_what_may_change_and_what_may_not(write):
+    old = load_config(write(GOOD)).model_dump(mode="json")
+    safe = GOOD.replace("candidates: 10", "candidates: 99").replace("max_tokens: 64", "max_tokens: 64, threads: 1")
+    safe += "tracking: {enabled: false}\n"
+    assert changed_keys(old, load_config(write(safe)).model_dump(mode="json")) == []
+    unsafe = GOOD.replace("search: 32", "search: 33").replace("sigma: 0.2", "sigma: 0.3")
+    differences = changed_keys(old, load_config(write(unsafe)).model_dump(mode="json"))
+    assert differences == [
+        "optimizer.sigma: 0.2 when the run started, 0.3 now",
+        "task.search: 32 when the run started, 33 now",
+    ]

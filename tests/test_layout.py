@@ -1,0 +1,55 @@
+import pytest
+
+from evo.checkpoint import Checkpoint
+from search_spaces.layout import Layout, Role, UnknownTensorError, parse_layout
+
+# Names as published: DeepSeek-V3, Qwen2-MoE, Mixtral, GPT-2, Qwen3.
+PUBLISHED = {
+    "model.embed_tokens.weight": (Role.EMBEDDING, None, None),
+    "lm_head.weight": (Role.HEAD, None, None),
+    "model.norm.weight": (Role.NORM, None, None),
+    "model.layers.7.input_layernorm.weight": (Role.NORM, 7, None),
+    "model.layers.7.post_attention_layernorm.weight": (Role.NORM, 7, None),
+    "model.layers.7.pre_feedforward_layernorm.weight": (Role.NORM, 7, None),
+    "model.layers.7.self_attn.kv_a_proj_with_mqa.weight": (Role.ATTENTION, 7, None),
+    "model.layers.7.self_attn.q_a_layernorm.weight": (Role.ATTENTION, 7, None),
+    "model.layers.7.self_attn.q_norm.weight": (Role.ATTENTION, 7, None),
+    "model.layers.0.mlp.gate_proj.weight": (Role.FFN, 0, None),
+    "model.layers.7.mlp.gate.weight": (Role.ROUTER, 7, None),
+    "model.layers.7.mlp.gate.e_score_correction_bias": (Role.ROUTER, 7, None),
+    "model.layers.7.mlp.shared_expert_gate.weight": (Role.ROUTER, 7, None),
+    "model.layers.7.mlp.shared_experts.up_proj.weight": (Role.SHARED_EXPERT, 7, None),
+    "model.layers.7.mlp.shared_expert.up_proj.weight": (Role.SHARED_EXPERT, 7, None),
+    "model.layers.7.mlp.experts.255.gate_proj.weight": (Role.ROUTED_EXPERT, 7, 255),
+    "model.layers.7.block_sparse_moe.gate.weight": (Role.ROUTER, 7, None),
+    "model.layers.7.block_sparse_moe.experts.3.w1.weight": (Role.ROUTED_EXPERT, 7, 3),
+    "transformer.h.2.attn.c_attn.weight": (Role.ATTENTION, 2, None),
+    "transformer.h.2.ln_1.weight": (Role.NORM, 2, None),
+    "transformer.wte.weight": (Role.EMBEDDING, None, None),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), PUBLISHED.items())
+def test_published_names_get_their_place(name, expected):
+    (part,) = parse_layout({name: (4, 4)}).parts
+    assert part.cell == expected
+
+
+def test_packed_experts_are_one_part_each():
+    layout = parse_layout({"model.layers.1.mlp.experts.gate_up_proj": (6, 8, 4)})
+    assert [(p.row, p.expert, p.block) for p in layout.parts] == [(e, e, 1) for e in range(6)]
+    assert layout.n_experts == 6
+
+
+def test_unknown_tensors_are_all_named():
+    with pytest.raises(UnknownTensorError, match=r"2 tensor\(s\).*mystery\.weight, other\.thing"):
+        parse_layout({"mystery.weight": (2,), "lm_head.weight": (2, 2), "other.thing": (1,)})
+
+
+def test_every_tensor_of_a_real_checkpoint_is_accounted_for(parents):
+    checkpoint = Checkpoint.open(parents["a"])
+    layout: Layout = checkpoint.layout
+    assert [part.tensor for part in layout.parts] == list(checkpoint.headers)
+    assert layout.n_blocks == 3
+    keys = ("n_routed_experts", "num_experts", "num_local_experts")  # as the architectures spell it
+    assert layout.n_experts == next((n for key in keys if (n := checkpoint.config().get(key))), 0)

@@ -1,0 +1,149 @@
+"""One contract for every optimizer of the table, and what each is for."""
+
+import pkgutil
+
+import numpy as np
+import pytest
+
+from evo.optimizers import OPTIMIZERS, Outcome, SearchProblem
+from evo.optimizers.cma_es import CmaEs
+from evo.optimizers.nsga2 import Nsga2
+from evo.optimizers.random_search import RandomSearch
+from evo.pareto import Scale
+
+N = 6
+SCALE = Scale(np.zeros(2), np.array([1.0, 2.0]))
+
+
+def problem(seed=0, n=N):
+    ends = (np.zeros(n, np.float32), np.ones(n, np.float32))
+    return SearchProblem(n, SCALE, seed, starts=(*ends, np.full(n, 0.5, np.float32)), corners=ends)
+
+
+def make(name, seed=0):
+    return pkgutil.resolve_name(OPTIMIZERS[name])(problem(seed))
+
+
+def losses(genome):
+    """Two distances that pull apart: to 0.2 everywhere, and to 0.8 everywhere."""
+    return np.array([np.mean((genome - 0.2) ** 2), 2 * np.mean((genome - 0.8) ** 2)])
+
+
+def outcome(index, genome):
+    """With failures and infeasible candidates among them."""
+    if index % 7 == 3:
+        return Outcome(None)
+    return Outcome(losses(genome), violation=0.1 if index % 5 == 4 else 0.0)
+
+
+def drive(optimizer, generations, order=None):
+    """Ask and tell for some generations; returns all proposals."""
+    asked = []
+    for _ in range(generations):
+        batch = optimizer.ask(optimizer.batch_size)
+        indices = list(range(len(asked), len(asked) + len(batch)))
+        asked += batch
+        for i in order.permutation(indices) if order is not None else indices:
+            optimizer.tell(int(i), outcome(i, asked[i]))
+    return np.array(asked)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+class TestContract:
+    def test_genomes_are_float32_in_the_unit_box(self, name):
+        genomes = drive(make(name), 5)
+        assert genomes.dtype == np.float32 and genomes.shape[1] == N
+        assert ((genomes >= 0) & (genomes <= 1)).all()
+
+    def test_same_seed_same_proposals_whatever_the_global_generator_does(self, name):
+        first = drive(make(name), 5)
+        np.random.seed(1)  # noqa: NPY002  (pycma would draw from it)
+        second_optimizer = make(name)
+        np.random.random(100)  # noqa: NPY002
+        assert np.array_equal(first, drive(second_optimizer, 5))
+
+    def test_order_of_tells_within_a_generation_changes_nothing(self, name):
+        assert np.array_equal(drive(make(name), 5), drive(make(name), 5, np.random.default_rng(0)))
+
+    def test_replaying_asks_and_tells_reproduces_what_follows(self, name):
+        whole = drive(make(name), 6)
+        resumed = make(name)
+        drive(resumed, 3)
+        rest = [resumed.ask(resumed.batch_size) for _ in range(1)]
+        n = 3 * resumed.batch_size
+        assert np.array_equal(np.array(rest).reshape(-1, N), whole[n : n + resumed.batch_size])
+
+    def test_other_seed_other_proposals(self, name):
+        if name == "line_sweep":
+            pytest.skip("a sweep has nothing to draw")
+        assert not np.array_equal(drive(make(name, 0), 3), drive(make(name, 1), 3))
+
+
+def best_scalarised(genomes):
+    return min(CmaEs(problem()).scalarise(Outcome(losses(g))) for g in genomes)
+
+
+def test_cma_es_finds_the_optimum_that_random_search_misses():
+    """Minimum of max(z1, z2) + 0.05 (z1 + z2) with equal weights: 0.5 everywhere, by symmetry."""
+    optimizer = CmaEs(problem())
+    found = drive(optimizer, 120)
+    assert np.allclose(found[-optimizer.batch_size :].mean(axis=0), 0.5, atol=0.02)
+    random = drive(RandomSearch(problem(), population=len(found)), 1)
+    assert best_scalarised(found) < best_scalarised(random)
+
+
+def test_scalarisation_is_the_papers():
+    """f = max w z + rho sum w z at z = (0.2, 0.5), w = (0.25, 0.75), rho = 0.05."""
+    es = CmaEs(problem(), weights=[1, 3])
+    value = es.scalarise(Outcome(np.array([0.2, 1.0])))
+    assert value == pytest.approx(0.375 + 0.05 * (0.05 + 0.375))
+
+
+def test_infeasible_sorts_after_feasible_and_failed_after_both():
+    es = CmaEs(problem())
+    worst_feasible = es.scalarise(Outcome(np.array([1.0, 50.0])))
+    little, much = (es.scalarise(Outcome(np.array([0.0, 0.0]), violation=v)) for v in (0.01, 0.5))
+    assert worst_feasible < little < much < es.scalarise(Outcome(None))
+
+
+def test_weights_of_the_wrong_number_are_refused():
+    with pytest.raises(ValueError, match="expected 2 positive numbers"):
+        CmaEs(problem(), weights=[1.0])
+
+
+def test_cma_es_is_diagonal_for_large_spaces():
+    genomes = CmaEs(problem(n=2000), population=8).ask(8)
+    assert len(genomes) == 8 and genomes[0].shape == (2000,)
+
+
+def test_nsga2_covers_more_of_the_front_than_random_search():
+    def hypervolume(genomes):
+        return SCALE.hypervolume([losses(g) for g in genomes])
+
+    def drive_all_feasible(optimizer, generations):
+        asked = []
+        for _ in range(generations):
+            for genome in optimizer.ask(optimizer.batch_size):
+                optimizer.tell(len(asked), Outcome(losses(genome)))
+                asked.append(genome)
+        return asked
+
+    found = drive_all_feasible(Nsga2(SearchProblem(N, SCALE, 0), population=20), 20)
+    random = drive_all_feasible(RandomSearch(problem(), population=20), 20)
+    assert hypervolume(found) > hypervolume(random)
+
+
+def test_nsga2_starts_from_the_parents():
+    first = Nsga2(problem(), population=8).ask(8)
+    assert [g.tolist() for g in first[:3]] == [[0.0] * N, [1.0] * N, [0.5] * N]
+
+
+def test_a_sweep_is_evenly_spaced_and_ends():
+    optimizer = pkgutil.resolve_name(OPTIMIZERS["line_sweep"])(problem(), points=5)
+    assert [float(g[0]) for g in optimizer.ask(100)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert optimizer.ask(100) == []
+
+
+def test_populations_too_small_to_breed_are_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        Nsga2(problem(), population=1)

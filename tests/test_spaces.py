@@ -1,0 +1,160 @@
+"""Spaces and recipes. Contract tests run over the table of spaces."""
+
+import pkgutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search_spaces import SPACES
+from search_spaces.block import block
+from search_spaces.expert import expert
+from search_spaces.grouped import Ingredients
+from search_spaces.layout import Role, parse_layout
+from search_spaces.recipe import Recipe, Rule, Source
+
+SOURCES = {name: Source(f"/models/{name}") for name in ("base", "reasoner", "concise")}
+SHAPES = {
+    "model.embed_tokens.weight": (8, 4),
+    "lm_head.weight": (8, 4),
+    "model.norm.weight": (4,),
+    "model.layers.0.self_attn.q_proj.weight": (4, 4),
+    "model.layers.0.mlp.up_proj.weight": (4, 4),
+    "model.layers.1.self_attn.q_proj.weight": (4, 4),
+    "model.layers.1.mlp.gate.weight": (4, 4),
+    "model.layers.1.mlp.shared_experts.up_proj.weight": (4, 4),
+    **{f"model.layers.1.mlp.experts.{e}.up_proj.weight": (4, 4) for e in range(4)},
+}
+LAYOUT = parse_layout(SHAPES)
+TWO = Ingredients(SOURCES, base="concise", donors=("reasoner",), interface="reasoner")
+THREE = Ingredients(SOURCES, "base", ("reasoner", "concise"), "reasoner", method="task_arithmetic", bounds=(0.0, 1.5))
+
+
+def make(name, ingredients):
+    return pkgutil.resolve_name(SPACES[name])(LAYOUT, ingredients)
+
+
+def coefficients(recipe):
+    return {part.tensor: rule and dict(rule.coefficients) for part, rule in recipe.assign(LAYOUT).items()}
+
+
+@pytest.mark.parametrize("ingredients", [TWO, THREE], ids=["linear", "task_arithmetic"])
+@pytest.mark.parametrize("name", SPACES)
+class TestContract:
+    def test_ends_of_the_genome_are_the_bounds(self, name, ingredients):
+        space = make(name, ingredients)
+        low, high = ingredients.bounds
+        for gene, bound in ((0.0, low), (1.0, high)):
+            recipe = space.decode(np.full(len(space.genes), gene, np.float32))
+            expected = dict.fromkeys(ingredients.donors, bound)
+            assert all(values == expected for values in coefficients(recipe).values())
+
+    def test_one_gene_moves_only_its_own_parts(self, name, ingredients):
+        space = make(name, ingredients)
+        n = len(space.genes)
+        moved = [
+            {t for t, v in coefficients(space.decode(np.eye(n, dtype=np.float32)[i])).items() if any(v.values())}
+            for i in range(n)
+        ]
+        assert set().union(*moved) == set(SHAPES)  # together they reach every tensor
+        for d in range(len(ingredients.donors)):  # and for one donor, no tensor twice
+            of_donor = moved[d :: len(ingredients.donors)]
+            assert sum(map(len, of_donor)) == len(SHAPES)
+
+    def test_recipes_survive_their_files(self, name, ingredients):
+        space = make(name, ingredients)
+        genome = np.random.default_rng(0).random(len(space.genes), dtype=np.float32)
+        recipe = space.decode(genome)
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        assert Recipe.from_dict(recipe.to_dict()).digest == recipe.digest
+
+    def test_uniform_mixtures_are_what_they_say(self, name, ingredients):
+        space = make(name, ingredients)
+        shares = {"reasoner": 0.5, "concise": 0.5}
+        genome = space.uniform(shares)
+        expected = dict.fromkeys(ingredients.donors, 0.5)
+        assert all(values == pytest.approx(expected) for values in coefficients(space.decode(genome)).values())
+        assert space.uniform({"nobody": 1.0}) is None
+        assert space.uniform({"reasoner": 7.0}) is None
+
+    @pytest.mark.parametrize("bad", ["shape", "range", "nan"])
+    def test_bad_genomes_are_refused(self, name, ingredients, bad):
+        space = make(name, ingredients)
+        n = len(space.genes)
+        genome = {"shape": np.zeros(n + 1), "range": np.full(n, 1.1), "nan": np.full(n, np.nan)}[bad]
+        with pytest.raises(ValueError, match=r"expected a genome of shape|must lie in"):
+            space.decode(genome.astype(np.float32))
+
+
+def test_expert_space_has_a_gene_for_each_expert():
+    assert len(expert(LAYOUT, TWO, rest="base").genes) == 4  # block 0 is dense
+    names = [gene.name for gene in expert(LAYOUT, TWO).genes]
+    assert names[:2] == ["block1.expert0:reasoner", "block1.expert1:reasoner"]
+    assert "block1.routed_expert:reasoner" not in names
+
+
+def test_expert_space_refuses_dense_checkpoints():
+    with pytest.raises(ValueError, match="use 'block'"):
+        expert(parse_layout({"lm_head.weight": (2, 2)}), TWO)
+
+
+def test_roles_left_out_of_a_block_space_are_the_base():
+    space = block(LAYOUT, TWO, roles=[[Role.ATTENTION, Role.FFN], [Role.ROUTED_EXPERT]])
+    assert [g.name for g in space.genes] == [
+        "block0.attention+ffn:reasoner",
+        "block1.attention:reasoner",
+        "block1.routed_expert:reasoner",
+    ]
+    values = coefficients(space.decode(np.ones(3, np.float32)))
+    assert values["lm_head.weight"] is None
+    assert space.uniform({"reasoner": 1.0}) is None  # the head would stay behind
+
+
+def test_packed_and_per_expert_checkpoints_have_the_same_genes():
+    packed = {k: v for k, v in SHAPES.items() if ".experts." not in k}
+    packed["model.layers.1.mlp.experts.up_proj"] = (4, 4, 4)
+    assert [g.name for g in expert(parse_layout(packed), TWO).genes] == [g.name for g in expert(LAYOUT, TWO).genes]
+
+
+def test_the_first_rule_wins():
+    rules = (
+        Rule("linear", {"reasoner": 0.25}, roles=(Role.ROUTED_EXPERT,), blocks=(1,), experts=(2,)),
+        Rule("linear", {"reasoner": 1.0}, roles=(Role.ROUTED_EXPERT,)),
+    )
+    values = coefficients(Recipe(SOURCES, "concise", "reasoner", rules))
+    assert values["model.layers.1.mlp.experts.2.up_proj.weight"] == {"reasoner": 0.25}
+    assert values["model.layers.1.mlp.experts.3.up_proj.weight"] == {"reasoner": 1.0}
+    assert values["lm_head.weight"] is None
+
+
+@given(st.data())
+def test_assign_agrees_with_brute_force(data):
+    def some(values):
+        return data.draw(st.none() | st.lists(st.sampled_from(values), min_size=1, unique=True).map(tuple))
+
+    rules = tuple(
+        Rule("linear", {"reasoner": i / 8}, some(list(Role)), some([-1, 0, 1]), some([0, 1, 2, 3]))
+        for i in range(data.draw(st.integers(0, 4)))
+    )
+    for part, rule in Recipe(SOURCES, "concise", "reasoner", rules).assign(LAYOUT).items():
+        block_index = -1 if part.block is None else part.block
+        matching = [
+            r
+            for r in rules
+            if (r.roles is None or part.role in r.roles)
+            and (r.blocks is None or block_index in r.blocks)
+            and (r.experts is None or part.expert in r.experts)
+        ]
+        assert rule is (matching[0] if matching else None)
+
+
+def test_a_recipe_refuses_names_without_a_source():
+    with pytest.raises(ValueError, match=r"names \['stranger'\]"):
+        Recipe(SOURCES, "concise", "reasoner", (Rule("linear", {"stranger": 1.0}),))
+
+
+@pytest.mark.parametrize("text", ["version: 99", "version: 1\nbase: x", "version: 1\nrules: [{methd: x}]", "[]"])
+def test_files_that_are_no_recipe_are_refused(text):
+    with pytest.raises((ValueError, AttributeError)):
+        Recipe.from_yaml(text)
