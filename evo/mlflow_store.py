@@ -21,7 +21,7 @@ import yaml
 from evo.config import Config
 from evo.front import Row
 from evo.generations import Generation, Record
-from evo.overview import overview, samples_page
+from evo.overview import member_page, overview, samples_page
 from evo.picture import front_pixels
 from fitness.types import Split
 from search_spaces.recipe import Recipe
@@ -51,11 +51,12 @@ class MlflowStore:
 
         self._client = MlflowClient(tracking_uri=uri)
         self._folder, self._config = folder.resolve(), config
-        self._experiment = self._find_experiment(uri, experiment)
+        self.experiment_id = self._find_experiment(uri, experiment)
         key = _run_key(config, created)
         found = next(self._runs(f"tags.`{RUN_TAG}` = '{key}'"), None)
         self.run_id: str = found.info.run_id if found else self._create(folder.name, created, {RUN_TAG: key})
-        self._images = {_image_place(file.path) for file in self._client.list_artifacts(self.run_id, "images")}
+        files = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
+        self._images = {_image_place(path) for path in files if "compressed" in path}  # written last
         self._describe(found.data.params if found else {})
 
     def log_generation(self, generation: Generation) -> None:
@@ -92,6 +93,7 @@ class MlflowStore:
             self._client.update_run(self.run_id, status=_STATES[state])
             return
         front = record.front
+        self._client.log_text(self.run_id, page, "overview.md")
         self._client.log_text(self.run_id, json.dumps(front.to_dict(Split.SEARCH), indent=2), "front.json")
         if front.members and not any(row.held_out is None for row in front.members):
             self._client.log_text(
@@ -110,14 +112,14 @@ class MlflowStore:
     def _runs(self, condition: str) -> Iterator[Any]:
         token = None
         while True:
-            page = self._client.search_runs([self._experiment], condition, max_results=500, page_token=token)
+            page = self._client.search_runs([self.experiment_id], condition, max_results=500, page_token=token)
             yield from page
             if not (token := page.token):
                 return
 
     def _create(self, name: str, time: float, tags: Mapping[str, str]) -> str:
         tags = {**tags, "mlflow.source.name": "mergefront", "mlflow.source.type": "LOCAL"}
-        run = self._client.create_run(self._experiment, start_time=_ms(time), tags=tags, run_name=name)
+        run = self._client.create_run(self.experiment_id, start_time=_ms(time), tags=tags, run_name=name)
         return str(run.info.run_id)
 
     def _log(
@@ -150,11 +152,10 @@ class MlflowStore:
         self._log_scores(run_id, row)
         self._client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
         self._client.log_text(run_id, samples_page(row), "samples.md")
-        command = f"mergefront export {self._folder} --pick {row.ask.name} --out my-model"
-        self._client.set_tag(run_id, _NOTE_TAG, f"A member of the front.\n\n```\n{command}\n```")
         self._client.set_terminated(run_id, "FINISHED", _ms(row.search.time))
 
     def _log_scores(self, run_id: str, row: Row) -> None:
+        self._client.set_tag(run_id, _NOTE_TAG, member_page(row, self._folder))
         for entry, prefix in ((row.search, ""), (row.held_out, "held_out/")):
             if entry is not None and entry.summary:
                 metrics = {prefix + key: entry.summary[key] for key in _CHILD_METRICS}

@@ -48,6 +48,17 @@ def overview(record: Record, config: Config, folder: Path, state: str) -> str:
     return "\n".join(lines + _footer(folder))
 
 
+def member_page(row: Row, folder: Path) -> str:
+    """A member of the front in a few lines."""
+    scores = []
+    for split in (Split.SEARCH, Split.HELD_OUT):
+        found = row.to_dict(split)
+        if found["accuracy"] is not None:
+            scores.append(f"{_percent(found)} % at {found['tokens_mean']:.1f} tokens ({split.replace('_', ' ')})")
+    command = f"mergefront export {folder} --pick {row.ask.name} --out my-model"
+    return f"On the front: {'; '.join(scores)}.\n\n```\n{command}\n```"
+
+
 def samples_page(row: Row) -> str:
     """What a model wrote for a few problems of the search split, to be read by a person."""
     lines = [f"# {row.ask.name}: samples from the search split", ""]
@@ -55,12 +66,12 @@ def samples_page(row: Row) -> str:
         lines += [
             f"## {i}. {sample['verdict']}, {sample['n_tokens']} tokens",
             "",
-            f"Question: {sample['question']}",
-            f"Expected: {sample['answer']}",
+            f"- question: {sample['question']}",
+            f"- expected: {sample['answer']}",
             "",
-            "```",
+            "````",
             sample["completion"],
-            "```",
+            "````",
             "",
         ]
     return "\n".join(lines)

@@ -43,6 +43,7 @@ class Offset:
     """How far a run has been replayed into a target."""
 
     target: str
+    experiment_id: str
     run_id: str
     n_generations: int = 0
     """Complete generations that have been logged."""
@@ -57,6 +58,13 @@ class Offset:
         except (OSError, ValueError, TypeError):
             return None
 
+    @property
+    def page(self) -> str:
+        """The run's page, to be appended to a server's address. MLflow 3 opens an experiment on pages for
+        chat logs otherwise.
+        """
+        return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+
     def save(self, folder: Path) -> None:
         """Whole or not at all."""
         beside = folder / f".{OFFSET_FILE}.new"
@@ -68,14 +76,13 @@ class Offset:
 class Report:
     """Where a replay ended."""
 
-    uri: str
+    experiment_id: str
     run_id: str
     n_generations: int
     n_members: int
 
     def __str__(self) -> str:
-        look = self.uri if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {self.uri}"
-        return f"MLflow is up to date: {self.n_generations} generations, {self.n_members} front members. Look: {look}"
+        return f"MLflow is up to date with {self.n_generations} generations and {self.n_members} members of the front"
 
 
 class Replay:
@@ -117,8 +124,9 @@ class Replay:
         if self._store is None:
             self._store = MlflowStore(self._folder, self._target.uri, self._target.experiment, config, meta["created"])
         store, offset = self._store, Offset.load(self._folder)
-        if offset is None or (offset.target, offset.run_id) != (self._target.digest, store.run_id):
-            offset = Offset(self._target.digest, store.run_id)
+        place = (self._target.digest, store.experiment_id, store.run_id)
+        if offset is None or (offset.target, offset.experiment_id, offset.run_id) != place:
+            offset = Offset(*place)
         n = 0
         for n, generation in enumerate(record.generations(), start=1):
             if generation.complete and n <= offset.n_generations:
@@ -131,7 +139,7 @@ class Replay:
         store.log_members(record, self._recipe_of)
         store.log_state(record, "running" if running else "finished" if record.finished else "stopped")
         replace(offset, seq=seq).save(self._folder)
-        return Report(self._target.uri, store.run_id, n, len(record.front.members))
+        return Report(store.experiment_id, store.run_id, n, len(record.front.members))
 
 
 def _recipes(config: Config, digests: dict[str, str]) -> Callable[[Row], Recipe]:

@@ -61,6 +61,20 @@ def is_behind(folder: Path) -> bool:
         return offset is None or offset.seq < ledger.last_seq()
 
 
+def how_to_look(folder: Path, uri: str | None = None) -> str:
+    """What to type, or which address to open, to see a run in MLflow.
+
+    Args:
+        folder: the run's.
+        uri: of the tracking store; default: the one inside the run folder.
+    """
+    offset = Offset.load(folder)
+    page = "" if offset is None else offset.page
+    if uri and uri.startswith("http"):
+        return uri.rstrip("/") + page
+    return f"mlflow ui --backend-store-uri {uri or default_uri(folder)}   then open http://127.0.0.1:5000{page}"
+
+
 @contextmanager
 def following(folder: Path, tracking: Tracking) -> Iterator[None]:
     """Track a run while the block works on it. Nothing that MLflow does or fails to do disturbs the block.

@@ -137,6 +137,13 @@ class TestTable:
         assert task.prompt(problem) == "Q: What is 7 + 1?\nA:"
         assert task.grade(problem, Completion("8", 1, 0, Finish.STOP)) is Verdict.CORRECT
 
+    def test_a_data_set_by_name_goes_through_datasets(self, rows, tmp_path):
+        """A folder stands in for a hub name: the same call, without a network."""
+        (tmp_path / "hub").mkdir()
+        (tmp_path / "hub" / "train.jsonl").write_bytes(open(rows, "rb").read())
+        task = Table(path=str(tmp_path / "hub"), question="q", answer="a", subset="train")
+        assert sum(len(task.problems(split)) for split in Split) == 60
+
     def test_a_missing_column_names_those_there_are(self, rows):
         with pytest.raises(ValueError, match="no column 'question'; it has q, a"):
             Table(path=rows)
