@@ -246,7 +246,8 @@ class Ledger:
         return int(last or 0) + 1
 
     def _asks(self, where: str, values: tuple[Any, ...]) -> Iterator[Ask]:
-        for row in self._db.execute(f"SELECT * FROM asks WHERE {where} ORDER BY id", values):
+        # fetchall: a reader that decodes while it steps holds a lock that makes the search wait to commit
+        for row in self._db.execute(f"SELECT * FROM asks WHERE {where} ORDER BY id", values).fetchall():
             seq, id, when, generation, name, origin, parents, recipe, genome = row
             yield Ask(
                 seq=seq, id=id, time=when, generation=generation, name=name, origin=Origin(origin),
@@ -256,7 +257,7 @@ class Ledger:
             )  # fmt: skip
 
     def _entries(self, where: str, values: tuple[Any, ...]) -> Iterator[Entry]:
-        for row in self._db.execute(f"SELECT * FROM evaluations WHERE {where} ORDER BY seq", values):
+        for row in self._db.execute(f"SELECT * FROM evaluations WHERE {where} ORDER BY seq", values).fetchall():
             seq, when, candidate, split, status, seconds, losses, violations, summary, detail = row
             yield Entry(
                 seq=seq, time=when, candidate_id=candidate, split=Split(split), status=Status(status),

@@ -3,6 +3,7 @@
 import json
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ class TestTable:
     def test_a_data_set_by_name_goes_through_datasets(self, rows, tmp_path):
         """A folder stands in for a hub name: the same call, without a network."""
         (tmp_path / "hub").mkdir()
-        (tmp_path / "hub" / "train.jsonl").write_bytes(open(rows, "rb").read())
+        (tmp_path / "hub" / "train.jsonl").write_bytes(Path(rows).read_bytes())
         task = Table(path=str(tmp_path / "hub"), question="q", answer="a", subset="train")
         assert sum(len(task.problems(split)) for split in Split) == 60
 
