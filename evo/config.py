@@ -282,7 +282,7 @@ def component_options(component: _Component, table: Mapping[str, str]) -> dict[s
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
     """
     target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
         for name, parameter in inspect.signature(target).parameters.items()

@@ -283,6 +283,11 @@ def exists(folder: Path) -> bool:
         raise LedgerError(f"{file} is not a ledger, or is damaged: {error}") from error
 
 
+def discard(folder: Path) -> None:
+    """Remove a ledger that holds no evaluation."""
+    (folder / FILE).unlink()
+
+
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
     db = sqlite3.connect(f"file:{quote(str(file.absolute()))}?mode={mode}", uri=True, timeout=30.0)
     db.execute("PRAGMA synchronous = FULL")  # a commit returns when its bytes are on the disk

@@ -116,6 +116,10 @@ class Search:
             meta = {"config": self.config.model_dump(mode="json"), "digests": digests, "versions": _versions()}
             return Ledger.create(self.folder, meta, problems)
         ledger = Ledger.open(self.folder)
+        if not ledger.entries(Split.SEARCH):  # nothing was measured, so there is nothing to protect: start anew
+            ledger.close()
+            ledger_file.discard(self.folder)
+            return self._open_ledger(task, digests)
         differences = changed_keys(ledger.meta("config"), self.config.model_dump(mode="json"))
         differences += [
             f"checkpoint {name!r}: its content has changed"

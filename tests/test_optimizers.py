@@ -142,8 +142,3 @@ def test_a_sweep_is_evenly_spaced_and_ends():
     optimizer = pkgutil.resolve_name(OPTIMIZERS["line_sweep"])(problem(), points=5)
     assert [float(g[0]) for g in optimizer.ask(100)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert optimizer.ask(100) == []
-
-
-def test_populations_too_small_to_breed_are_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        Nsga2(problem(), population=1)

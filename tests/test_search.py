@@ -316,6 +316,15 @@ class TestRefused:
             Search.from_yaml(path, tmp_path / "run").run()
         assert not (tmp_path / "run" / "ledger.sqlite").exists()
 
+    def test_a_run_that_never_measured_anything_takes_a_mended_config(self, tmp_path):
+        path = write_config(tmp_path, candidates=2)
+        path.write_text(path.read_text().replace("device: cpu", "device: cuda"))
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match="torch sees no GPU here"):
+                Search.from_yaml(path, tmp_path / "run").run()
+        write_config(tmp_path, candidates=2)
+        assert len(Search.from_yaml(path, tmp_path / "run").run().evaluated) == 2
+
     def test_two_processes_on_one_run(self, finished):
         with hold(finished.folder), pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             finished.run()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from evo.optimizers import Outcome, SearchProblem
@@ -36,10 +37,10 @@ class CmaEs(Batched):
         self,
         problem: SearchProblem,
         *,
-        population: int | None = None,
-        sigma: float = 0.3,
+        population: Annotated[int, Ge(2)] | None = None,
+        sigma: Annotated[float, Gt(0), Le(1)] = 0.3,
         weights: Sequence[float] | None = None,
-        rho: float = 0.05,
+        rho: Annotated[float, Ge(0)] = 0.05,
     ) -> None:
         super().__init__(population or 4 + int(3 * math.log(problem.n_genes)))
         self._asked: deque[tuple[Any, list[NDArray[np.float64]]]] = deque()
