@@ -39,8 +39,8 @@ CREATE TABLE asks (
     name TEXT NOT NULL UNIQUE,
     origin TEXT NOT NULL,
     parents TEXT NOT NULL,         -- JSON list of candidate ids
-    recipe TEXT,                   -- JSON; NULL where the genome says it all
-    genome BLOB                    -- float32
+    recipe TEXT,                   -- JSON; NULL for proposals, whose genome says it all
+    genome BLOB                    -- float32; NULL where the space cannot express the recipe
 );
 CREATE TABLE evaluations (
     seq INTEGER PRIMARY KEY,
@@ -177,7 +177,7 @@ class Ledger:
         rows = [
             (
                 c.id, time.time(), c.generation, c.name, str(c.origin), json.dumps(c.parents),
-                json.dumps(c.recipe.to_dict()) if c.genome is None else None,
+                json.dumps(c.recipe.to_dict()) if c.genome is None or c.origin is not Origin.SEARCH else None,
                 None if c.genome is None else c.genome.astype("<f4").tobytes(),
             )
             for c in candidates

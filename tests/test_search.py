@@ -369,5 +369,23 @@ def test_line_points_are_baselines(tmp_path):
     assert [row.ask.name for row in front.baselines] == ["line-0.25", "line-0.5", "line-0.75"]
 
 
+def test_swaps_are_baselines_and_the_optimizer_starts_from_the_best(tmp_path):
+    path = write_config(tmp_path, candidates=30, optimizer="{kind: cma_es, population: 4, sigma: 0.001}")
+    path.write_text(path.read_text() + "baselines: {average: false, swaps: true}\n")
+    search = Search.from_yaml(path, tmp_path / "run")
+
+    def stop(event):
+        if event.ask.origin is Origin.SEARCH:
+            request_stop(search.folder)
+
+    front = search.run(stop)
+    names = [row.ask.name for row in front.baselines]
+    assert "only-routed_expert" in names and "but-attention" in names
+    first, starts = front.evaluated[-1], front.evaluated[:-1]
+    scaled = [sum(front.scale(row.losses)) / 2 * 0.05 + max(front.scale(row.losses)) / 2 for row in starts]
+    best = starts[int(np.argmin(scaled))]  # equal weights, rho 0.05: the optimizer's defaults
+    assert np.allclose(first.ask.genome, best.ask.genome, atol=0.01)
+
+
 def _search_entries(search):
     return [e for e in events(search.folder)[1] if e[1] is Split.SEARCH]

@@ -94,6 +94,28 @@ def test_expert_space_has_a_gene_for_each_expert():
     assert "block1.routed_expert:reasoner" not in names
 
 
+def test_swaps_take_one_set_of_roles_from_the_donor():
+    """R1T-Chimera's published recipe is only-routed_expert: routed experts of R1, the rest of V3-0324."""
+    space = block(LAYOUT, TWO, roles=[[Role.ATTENTION], [Role.ROUTED_EXPERT, Role.FFN], [Role.NORM, Role.HEAD]])
+    swaps = space.swaps()
+    assert list(swaps) == [
+        f"{side}-{kind}" for kind in ("attention", "routed_expert+ffn", "norm+head") for side in ("only", "but")
+    ]
+    only = coefficients(space.decode(swaps["only-routed_expert+ffn"]))
+    but = coefficients(space.decode(swaps["but-routed_expert+ffn"]))
+    for name, value in only.items():
+        if value is None:
+            continue  # a role that the space leaves to the base
+        expected = 1.0 if "experts.0" in name or ".experts." in name or "layers.0.mlp" in name else 0.0
+        assert value == {"reasoner": expected}, name
+        assert but[name] == {"reasoner": 1.0 - expected}, name
+
+
+def test_the_line_has_no_swaps_and_experts_are_one_kind():
+    assert make("line", TWO).swaps() == {}
+    assert "only-routed_expert" in make("expert", TWO).swaps()
+
+
 def test_expert_space_refuses_dense_checkpoints():
     with pytest.raises(ValueError, match="use 'block'"):
         expert(parse_layout({"lm_head.weight": (2, 2)}), TWO)

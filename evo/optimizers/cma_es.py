@@ -24,7 +24,7 @@ _INFEASIBLE, _FAILED = 1e3, 1e6  # CMA-ES uses ranks only: these sort after ever
 
 
 class CmaEs(Batched):
-    """One CMA-ES that restarts from a random mean when it has converged.
+    """One CMA-ES from the best start; it restarts from a random mean when it has converged.
 
     Args:
         population: genomes a generation; default pycma's 4 + floor(3 ln G).
@@ -52,8 +52,8 @@ class CmaEs(Batched):
         self._weights /= self._weights.sum()
         self._rho, self._sigma = rho, sigma
         self._rng = np.random.default_rng(problem.seed)
-        mean = np.mean(problem.starts, axis=0) if problem.starts else np.full(problem.n_genes, 0.5)
-        self._es = self._start(mean)
+        best = min(problem.starts, key=lambda start: self.scalarise(start.outcome), default=None)
+        self._es = self._start(np.full(problem.n_genes, 0.5) if best is None else best.genome)
 
     def ask_batch(self) -> list[Genome]:
         """See Batched."""

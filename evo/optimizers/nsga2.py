@@ -57,7 +57,7 @@ class Nsga2(Batched):
         self._study = optuna.create_study(directions=["minimize"] * n_objectives, sampler=sampler)
         self._names = [f"{i:05d}" for i in range(problem.n_genes)]
         for start in problem.starts[:population]:
-            self._study.enqueue_trial(dict(zip(self._names, map(float, start), strict=True)))
+            self._study.enqueue_trial(dict(zip(self._names, map(float, start.genome), strict=True)))
 
     def ask_batch(self) -> list[Genome]:
         """See Batched."""
