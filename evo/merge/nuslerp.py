@@ -17,6 +17,8 @@ def nuslerp(
     t = w_2 / (w_1 + w_2). The whole tensor is one vector.
     """
     g, w = stats.whole, weights(coefficients, origin)
+    if not any(w):
+        return mix(donors, base, w, origin)
     point, total = unit(0, len(g)), w[0]
     for p in range(1, len(g)):
         total += w[p]

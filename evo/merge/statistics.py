@@ -17,6 +17,7 @@ from torch import Tensor
 from evo.merge.blocks import Block, blocks
 
 BLOCK_ELEMENTS = 1 << 20
+SORT_UP_TO = 1 << 16
 _BUCKET_BITS = 16
 
 
@@ -81,7 +82,7 @@ def _product(x: Callable[[Block], Tensor], y: Callable[[Block], Tensor]) -> Call
 
 
 def order_statistics(values: Callable[[Block], Tensor], like: Tensor, ranks: Sequence[int]) -> list[float]:
-    """The values of given ranks, exactly, in two passes and without sorting them all.
+    """The values of given ranks, exactly; of large matrices in two passes and without sorting them all.
 
     The bits of non-negative float32 numbers are in the order of the numbers. The first pass counts the values
     by their leading bits, the second keeps those whose leading bits a wanted value has.
@@ -91,16 +92,21 @@ def order_statistics(values: Callable[[Block], Tensor], like: Tensor, ranks: Seq
         like: a matrix of the same shape and device.
         ranks: from 0, the smallest, to N - 1.
     """
+    rank = torch.tensor(ranks, dtype=torch.int64, device=like.device)
+    found: list[float]
+    if like.numel() <= SORT_UP_TO:
+        everything = torch.cat([values(block).reshape(-1) for block in blocks(like, BLOCK_ELEMENTS)])
+        found = everything.sort().values[rank].tolist()
+        return found
     counts = torch.zeros(1 << _BUCKET_BITS, dtype=torch.int64, device=like.device)
     for block in blocks(like, BLOCK_ELEMENTS):
         counts += torch.bincount(_bucket(values(block)), minlength=len(counts))
-    rank = torch.tensor(ranks, dtype=torch.int64, device=like.device)
     bucket = torch.searchsorted(counts.cumsum(0), rank, right=True)
     wanted = torch.zeros_like(counts, dtype=torch.bool)
     wanted[bucket] = True
     kept = torch.cat(list(_select(map(values, blocks(like, BLOCK_ELEMENTS)), wanted))).sort().values
     left_out = (counts * ~wanted).cumsum(0)  # up to the end of each bucket
-    found: list[float] = kept[rank - left_out[bucket]].tolist()
+    found = kept[rank - left_out[bucket]].tolist()
     return found
 
 
