@@ -8,6 +8,7 @@ import numpy as np
 
 from evo.checkpoint import Checkpoint, check_compatible
 from evo.config import Config, component_options
+from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem, Start
 from evo.pareto import Scale
 from evo.types import Candidate, Origin
@@ -16,7 +17,7 @@ from fitness.engines import ENGINES
 from fitness.tasks import TASKS
 from fitness.types import Task
 from search_spaces import SPACES
-from search_spaces.genes import SearchSpace
+from search_spaces.genes import Gene, SearchSpace
 from search_spaces.grouped import Ingredients
 from search_spaces.recipe import Recipe, Rule, Source
 
@@ -31,6 +32,7 @@ def build_space(
     config: Config, checkpoints: dict[str, Checkpoint], digests: dict[str, str] | None = None
 ) -> SearchSpace:
     """The search space of a config, laid out on its checkpoints."""
+    method, knobs = get_method(config.space.method), config.space.knobs
     ingredients = Ingredients(
         sources=recipe_sources(config, digests or {}),
         base=config.space_base,
@@ -38,7 +40,13 @@ def build_space(
         interface=config.interface_parent,
         method=config.space.method,
         bounds=config.space.bounds,
-        knobs=config.space.knobs,
+        knobs={name: value for name, value in knobs.items() if not isinstance(value, tuple)},
+        knob_genes=tuple(
+            Gene(name, *value, step=method.knob(name, config.space_donors).step)
+            for name, value in knobs.items()
+            if isinstance(value, tuple)
+        ),
+        is_mixture=method.is_mixture,
         seed=config.seed,
     )
     factory = pkgutil.resolve_name(SPACES[config.space.kind])

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from evo.merge import METHODS
+from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
 from fitness.tasks import TASKS
@@ -63,12 +63,14 @@ class SpaceConfig(_Component):
     kind: str = "block"
     method: str = "linear"
     base: str | None = None
-    """The model that coefficients start from. Default: for task_arithmetic the common ancestor (`base:` at
-    the top), else the last parent."""
+    """The model that coefficients start from. Default: for methods on task vectors the common ancestor (`base:`
+    at the top), else the last parent."""
     donors: list[str] | None = None
     """Default: every parent except the base."""
     bounds: tuple[float, float] = (0.0, 1.0)
-    knobs: dict[str, float] = Field(default_factory=dict)
+    knobs: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
+    """Further arguments of the method, "density" or "density:DONOR": a number is fixed, a pair is searched
+    between the two, with a gene for every group of parts."""
 
     @field_validator("kind")
     @classmethod
@@ -216,7 +218,8 @@ class Config(_Section):
         """Name of the source that coefficients start from."""
         if self.space.base:
             return self.space.base
-        return "base" if self.space.method == "task_arithmetic" and self.base else list(self.parents)[-1]
+        from_ancestor = self.base is not None and get_method(self.space.method).from_ancestor
+        return "base" if from_ancestor else list(self.parents)[-1]
 
     @property
     def space_donors(self) -> tuple[str, ...]:
@@ -252,7 +255,8 @@ def load_config(path: str | Path) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
     config = _resolve_paths(config, path.resolve().parent)
-    problems = [_at(path, lines, place, message) for place, message in _check_files(config)]
+    places = [*_check_files(config), *_check_knobs(config)]
+    problems = [_at(path, lines, place, message) for place, message in places]
     problems += [_describe(path, lines, error, config) for error in _check_options(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -314,6 +318,19 @@ def _check_files(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     table = config.task.options.get("path")
     if isinstance(table, str) and table.endswith((".jsonl", ".json")) and not Path(table).is_file():
         yield ("task", "path"), f"no file at {table}"
+
+
+def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    method = get_method(config.space.method)
+    for name, value in config.space.knobs.items():
+        ends = value if isinstance(value, tuple) else (value,)
+        try:
+            for end in ends:
+                method.knob(name, config.space_donors).check(name, end)
+            if len(ends) == 2 and not ends[0] < ends[1]:
+                raise ValueError(f"expected [low, high] with low < high, got {list(ends)}")
+        except ValueError as error:
+            yield ("space", "knobs", name), str(error)
 
 
 def _resolve_paths(config: Config, folder: Path) -> Config:

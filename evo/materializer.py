@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evo.checkpoint import Checkpoint, CheckpointError
-from evo.merge import get_method
+from evo.merge import Method, Stats, get_method
+from evo.merge.blocks import Block, as_matrix, blocks
+from evo.merge.noise import Key, stream_key, uniforms
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe, Rule
 
 CHUNK_ELEMENTS = 1 << 20
-"""Parts are merged in chunks, so that float32 temporaries take 4 MiB each however large a tensor is."""
+"""Parts are merged in blocks of this size, so that float32 temporaries take 4 MiB each however large a tensor is."""
 
 _Key = tuple[Any, ...]
 
@@ -35,6 +37,44 @@ class UpdateReport:
     """Parts whose inputs had not changed since the last write."""
     written_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A rule made ready to run, the same for every part that it selects; without a method, a copy."""
+
+    sources: tuple[str, ...]
+    """The base, then the donors."""
+    method: Method | None = None
+    coefficients: tuple[float, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    key: _Key = ()
+    """All that a part depends on besides its sources' bits, which never change while they are open."""
+
+    @classmethod
+    def copy(cls, source: str) -> _Job:
+        """The stored bits of a source."""
+        return cls((source,), key=(source,))
+
+    @classmethod
+    def of(cls, recipe: Recipe, rule: Rule) -> _Job:
+        """A rule's job.
+
+        Raises:
+            ValueError: if its method or a knob is unknown, or a knob is out of range.
+        """
+        method, donors = get_method(rule.method), tuple(rule.coefficients)
+        coefficients, sources = tuple(rule.coefficients.values()), (recipe.base, *donors)
+        try:
+            arguments = method.arguments(rule.knobs, donors)
+        except ValueError as error:
+            raise ValueError(f"{rule.method}: {error}") from None
+        if (copied := method.copy_of(coefficients, **arguments)) is not None:
+            return cls.copy(sources[copied])
+        seed = recipe.seed if method.random else 0
+        key = (rule.method, *sources, *coefficients, *arguments.values(), seed)
+        return cls(sources, method, coefficients, arguments, seed, key)
 
 
 class Materializer:
@@ -66,6 +106,7 @@ class Materializer:
         self._device = torch.device(device)
         self._resident: dict[tuple[str, str], Tensor] = {}  # (source, tensor) -> stored bits, on the device
         self._written: dict[Part, _Key] = {}
+        self._stats: dict[_Key, Stats] = {}
 
     @classmethod
     def hosted(cls, slots: Mapping[str, Tensor], sources: Mapping[str, str]) -> Materializer:
@@ -77,15 +118,15 @@ class Materializer:
         """Write a recipe (as plain data) into the slots; parts whose inputs did not change are skipped."""
         start = time.perf_counter()
         n_written = n_skipped = written_bytes = 0
-        for part, rule in self._assign(Recipe.from_dict(recipe)).items():
-            key, slot = _key(rule), self._slots[part.tensor]
-            if self._written.get(part) == key:
+        for part, job in self._assign(Recipe.from_dict(recipe)).items():
+            slot = self._slots[part.tensor]
+            if self._written.get(part) == job.key:
                 n_skipped += 1
                 continue
             self._written.pop(part, None)  # if the copy fails half-way, the part is written again
             target = slot if part.row is None else slot[part.row]
-            target.copy_(self._part(part, rule, slot.device, keep=True))
-            self._written[part] = key
+            target.copy_(self._part(part, job, slot.device, keep=True))
+            self._written[part] = job.key
             n_written += 1
             written_bytes += target.numel() * target.element_size()
         return UpdateReport(n_written, n_skipped, written_bytes, time.perf_counter() - start)
@@ -95,40 +136,74 @@ class Materializer:
         """Yield every tensor of the merged checkpoint on the CPU, in its stored dtype, one at a time."""
         rows: list[Tensor] = []
         assigned = list(self._assign(recipe, with_ties=True).items())
-        for (part, rule), following in zip(assigned, [*assigned[1:], None], strict=True):
-            rows.append(self._part(part, rule, self._device, keep=False).cpu())
+        for (part, job), following in zip(assigned, [*assigned[1:], None], strict=True):
+            rows.append(self._part(part, job, self._device, keep=False).cpu())
             if following is None or following[0].tensor != part.tensor:
                 yield part.tensor, rows[0] if part.row is None else torch.stack(rows)
                 rows = []
 
-    def _assign(self, recipe: Recipe, with_ties: bool = False) -> dict[Part, tuple[str, Rule | None]]:
-        """Part -> (base, rule). A tied tensor takes the rule of the tensor it is tied to."""
-        rules = recipe.assign(self.layout)
+    def _assign(self, recipe: Recipe, with_ties: bool = False) -> dict[Part, _Job]:
+        """Part -> job. A tied tensor takes the rule of the tensor it is tied to."""
+        jobs = {id(rule): _Job.of(recipe, rule) for rule in recipe.rules}
+        copy = _Job.copy(recipe.base)
+        found = {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
         if not self._canonical:
-            return {part: (recipe.base, rule) for part, rule in rules.items()}
-        by_name = {part.tensor: rule for part, rule in rules.items()}
+            return found
+        by_name = {part.tensor: job for part, job in found.items()}
         return {
-            part: (recipe.base, by_name[self._canonical[part.tensor]] if part.tensor in self._canonical else rule)
-            for part, rule in rules.items()
+            part: by_name[self._canonical[part.tensor]] if part.tensor in self._canonical else job
+            for part, job in found.items()
             if with_ties or part.tensor not in self._canonical
         }
 
-    def _part(self, part: Part, assigned: tuple[str, Rule | None], device: torch.device, keep: bool) -> Tensor:
+    def _part(self, part: Part, job: _Job, device: torch.device, keep: bool) -> Tensor:
         """One part in its stored dtype: the same function for a slot and for an export."""
-        base_name, rule = assigned
-        if rule is None:
-            return self._stored(base_name, part, device, keep)
-        method, coefficients = get_method(rule.method), list(rule.coefficients.values())
-        inputs = [base_name, *rule.coefficients]
-        if (copied := method.copy_of(coefficients)) is not None:
-            return self._stored(inputs[copied], part, device, keep)
-        base, *donors = [self._stored(name, part, device, keep) for name in inputs]
-        merged = torch.empty_like(base, memory_format=torch.contiguous_format)
-        flat_inputs = [torch.split(t.reshape(-1), CHUNK_ELEMENTS) for t in (base, *donors)]
-        for out, base_chunk, *chunks in zip(torch.split(merged.view(-1), CHUNK_ELEMENTS), *flat_inputs, strict=True):
-            floats = [chunk.float() for chunk in chunks]
-            out.copy_(method.merge(floats, base_chunk.float(), coefficients, **rule.knobs))
+        if job.method is None:
+            return self._stored(job.sources[0], part, device, keep)
+        tensors = [self._stored(name, part, device, keep) for name in job.sources]
+        base, *donors = (as_matrix(tensor) for tensor in tensors)
+        stats = self._measure(part, job, base, donors)
+        if job.method.copy_once_measured:
+            copied = job.method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
+            if copied is not None:
+                return tensors[copied]
+        merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+        out, keys = as_matrix(merged), self._noise_keys(part, job)
+        for block in blocks(base, CHUNK_ELEMENTS):
+            arguments = dict(job.arguments)
+            if job.method.measure:
+                arguments["stats"] = [s.at(block[0]) for s in stats] if isinstance(stats, list) else stats.at(block[0])
+            if job.method.random:
+                arguments["noise"] = [_noise(key, base, block) for key in keys]
+            floats = [donor[block].float() for donor in donors]
+            out[block] = job.method.merge(floats, base[block].float(), job.coefficients, **arguments)
         return merged
+
+    def _measure(self, part: Part, job: _Job, base: Tensor, donors: list[Tensor]) -> Any:
+        """What the job's method wants to know of the whole part; measured once, then remembered."""
+        assert job.method is not None
+        measure = job.method.measure
+        if measure is None:
+            return None
+        arguments = {name: job.arguments[name] for name in measure.knobs}
+
+        def stats(names: tuple[str, ...], tensors: list[Tensor], knobs: Mapping[str, float]) -> Stats:
+            key = (measure.function, part, base.device, job.sources[0], names, measure.key(**knobs))
+            if key not in self._stats:
+                self._stats[key] = measure.function(tensors, base, **knobs)
+            return self._stats[key]
+
+        if not measure.per_donor:
+            return stats(job.sources[1:], donors, arguments)
+        return [
+            stats((name,), [donors[d]], {knob: values[d] for knob, values in arguments.items()})
+            for d, name in enumerate(job.sources[1:])
+        ]
+
+    def _noise_keys(self, part: Part, job: _Job) -> list[Key]:
+        """A stream of random numbers for each donor; tied tensors have one."""
+        tensor = self._canonical.get(part.tensor, part.tensor)
+        return [stream_key(job.seed, donor, tensor, part.row) for donor in job.sources[1:]]
 
     def _stored(self, source: str, part: Part, device: torch.device, keep: bool) -> Tensor:
         tensor = self._resident.get((source, part.tensor))
@@ -149,12 +224,9 @@ def _tied_names(checkpoint: Checkpoint) -> dict[str, str]:
     return {heads[0]: embeddings[0]} if heads and embeddings else {}
 
 
-def _key(assigned: tuple[str, Rule | None]) -> _Key:
-    """All that a part depends on besides its sources' bits, which never change while they are open."""
-    base, rule = assigned
-    if rule is None:
-        return (base,)
-    copied = get_method(rule.method).copy_of(list(rule.coefficients.values()))
-    if copied is not None:
-        return ([base, *rule.coefficients][copied],)
-    return (base, rule.method, *rule.coefficients.items(), *sorted(rule.knobs.items()))
+def _noise(key: Key, matrix: Tensor, block: Block) -> Tensor:
+    """Uniform numbers for a block, numbered by the elements of the matrix."""
+    rows, columns = block
+    n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
+    start = rows.start * matrix.shape[1] + columns.start
+    return uniforms(key, start, n_rows * n_columns, matrix.device).view(n_rows, n_columns)

@@ -25,14 +25,17 @@ class Gene:
     """Coefficient at gene 0."""
     high: float = 1.0
     """Coefficient at gene 1."""
+    step: float = 0.0
+    """Coefficients are rounded to its nearest multiple within [low, high]; 0 for no rounding."""
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"gene {self.name}: expected low < high, got {self.low} and {self.high}")
 
     def value(self, gene: float) -> float:
-        """Coefficient of a gene in [0, 1]; exactly `low` at 0 and `high` at 1."""
-        return (1.0 - gene) * self.low + gene * self.high
+        """Coefficient of a gene in [0, 1]; without a step exactly `low` at 0 and `high` at 1."""
+        value = (1.0 - gene) * self.low + gene * self.high
+        return min(max(round(value / self.step) * self.step, self.low), self.high) if self.step else value
 
     def gene(self, value: float) -> float | None:
         """Inverse of `value`, or None where the coefficient lies outside [low, high]."""

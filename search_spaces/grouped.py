@@ -1,9 +1,9 @@
-"""The space that line, block and expert share: groups of parts, one gene a group and donor."""
+"""The space that line, block and expert share: groups of parts, one gene a group and donor (and knob)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from search_spaces.recipe import Recipe, Rule, Source
 
 @dataclass(frozen=True)
 class Group:
-    """Parts that share one coefficient per donor. None selects everything, as in a Rule."""
+    """Parts that share one coefficient per donor, and knobs. None selects everything, as in a Rule."""
 
     name: str
     roles: tuple[Role, ...] | None = None
@@ -35,17 +35,23 @@ class Ingredients:
     method: str = "linear"
     bounds: tuple[float, float] = (0.0, 1.0)
     knobs: Mapping[str, float] = field(default_factory=dict)
+    """Knobs that are the same everywhere."""
+    knob_genes: tuple[Gene, ...] = ()
+    """Knobs that are searched, one gene each for every group; they are named as in a Rule."""
+    is_mixture: bool = True
+    """Whether coefficients are shares of a linear mixture."""
     seed: int = 0
 
 
 class GroupedSpace:
-    """Genes are laid out group by group, and donor by donor within a group: gene g * n_donors + d."""
+    """Genes are laid out group by group; within a group come the donors' coefficients, then the knobs."""
 
     def __init__(self, groups: Sequence[Group], ingredients: Ingredients, layout: Layout) -> None:
         self.groups = tuple(groups)
         self.ingredients = ingredients
         low, high = ingredients.bounds
-        self.genes = tuple(Gene(f"{g.name}:{d}", low, high) for g in self.groups for d in ingredients.donors)
+        of_group = [*(Gene(donor, low, high) for donor in ingredients.donors), *ingredients.knob_genes]
+        self.genes = tuple(replace(gene, name=f"{g.name}:{gene.name}") for g in self.groups for gene in of_group)
         # A mixture is uniform only if no part is left to the base alone.
         recipe = self.decode(np.zeros(len(self.genes), np.float32))
         self._covers_all = all(rule is not None for rule in recipe.assign(layout).values())
@@ -54,29 +60,38 @@ class GroupedSpace:
         """See SearchSpace."""
         check_genome(genome, len(self.genes))
         values = [gene.value(float(x)) for gene, x in zip(self.genes, genome, strict=True)]
-        part, n_donors = self.ingredients, len(self.ingredients.donors)
-        rules = tuple(
-            Rule(
-                method=part.method,
-                coefficients=dict(zip(part.donors, values[i * n_donors : (i + 1) * n_donors], strict=True)),
-                roles=group.roles,
-                blocks=group.blocks,
-                experts=group.experts,
-                knobs=part.knobs,
-            )
-            for i, group in enumerate(self.groups)
-        )
+        part = self.ingredients
+        n = len(part.donors) + len(part.knob_genes)
+        rules = tuple(self._rule(group, values[i * n : (i + 1) * n]) for i, group in enumerate(self.groups))
         return Recipe(part.sources, part.base, part.interface, rules, part.seed)
 
+    def _rule(self, group: Group, values: Sequence[float]) -> Rule:
+        part = self.ingredients
+        n_donors = len(part.donors)
+        searched = {gene.name: value for gene, value in zip(part.knob_genes, values[n_donors:], strict=True)}
+        return Rule(
+            method=part.method,
+            coefficients=dict(zip(part.donors, values[:n_donors], strict=True)),
+            roles=group.roles,
+            blocks=group.blocks,
+            experts=group.experts,
+            knobs={**part.knobs, **searched},
+        )
+
     def uniform(self, shares: Mapping[str, float]) -> Genome | None:
-        """See SearchSpace. Exact for the methods in which donors enter linearly."""
+        """See SearchSpace. None for methods that do not mix linearly."""
         part = self.ingredients
         expressible = {part.base, *part.donors}
-        if not self._covers_all or any(share and name not in expressible for name, share in shares.items()):
+        if (
+            not part.is_mixture
+            or not self._covers_all
+            or any(share and name not in expressible for name, share in shares.items())
+        ):
             return None
         rest = sum(share for name, share in shares.items() if name in part.donors)
         if abs(1.0 - rest - shares.get(part.base, 0.0)) > 1e-6:  # what donors leave over is the base's
             return None
+        assert not part.knob_genes, "linear mixtures have no knobs"
         values = [shares.get(donor, 0.0) for donor in part.donors] * len(self.groups)
         genes = [gene.gene(value) for gene, value in zip(self.genes, values, strict=True)]
         return None if any(g is None for g in genes) else np.array(genes, np.float32)
@@ -86,7 +101,8 @@ class GroupedSpace:
         of_donor = len(self.ingredients.donors) * np.arange(len(self.groups))  # each group's gene of the first donor
         on, off = (self.genes[0].gene(value) for value in (1.0, 0.0))
         kinds = dict.fromkeys(group.kind for group in self.groups)
-        if on is None or off is None or len(kinds) < 2:
+        linear = self.ingredients.is_mixture and not self.ingredients.knob_genes
+        if not linear or on is None or off is None or len(kinds) < 2:
             return {}
         found = {}
         for kind in kinds:

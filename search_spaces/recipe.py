@@ -49,7 +49,7 @@ class Rule:
     experts: tuple[int, ...] | None = None
     """Routed-expert indices; a rule that names experts selects nothing else."""
     knobs: Mapping[str, float] = field(default_factory=dict)
-    """Further arguments of the method (density, ...)."""
+    """Further arguments of the method, as "density", or as "density:DONOR" for one donor."""
 
     def cells(self, layout_cells: frozenset[Cell]) -> list[Cell]:
         """The addresses of a layout that this rule selects."""

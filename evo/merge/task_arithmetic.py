@@ -15,4 +15,4 @@ def task_arithmetic(donors: Sequence[Tensor], base: Tensor, coefficients: Sequen
     return merged
 
 
-TASK_ARITHMETIC = Method(task_arithmetic, copy_of=one_hot)
+TASK_ARITHMETIC = Method(task_arithmetic, copy_of=one_hot, from_ancestor=True, is_mixture=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
@@ -24,13 +24,14 @@ _INFEASIBLE, _FAILED = 1e3, 1e6  # CMA-ES uses ranks only: these sort after ever
 
 
 class CmaEs(Batched):
-    """One CMA-ES from the best start; it restarts from a random mean when it has converged.
+    """One CMA-ES that restarts from a random mean when it has converged.
 
     Args:
         population: genomes a generation; default pycma's 4 + floor(3 ln G).
         sigma: first step size, in genes.
         weights: one weight per objective, larger = more important; they are normalised.
         rho: of the augmentation.
+        start: the first mean: the best of parents and baselines, or the center of the box.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class CmaEs(Batched):
         sigma: Annotated[float, Gt(0), Le(1)] = 0.3,
         weights: Sequence[float] | None = None,
         rho: Annotated[float, Ge(0)] = 0.05,
+        start: Literal["best", "center"] = "best",
     ) -> None:
         super().__init__(population or 4 + int(3 * math.log(problem.n_genes)))
         self._asked: deque[tuple[Any, list[NDArray[np.float64]]]] = deque()
@@ -52,7 +54,7 @@ class CmaEs(Batched):
         self._weights /= self._weights.sum()
         self._rho, self._sigma = rho, sigma
         self._rng = np.random.default_rng(problem.seed)
-        best = min(problem.starts, key=lambda start: self.scalarise(start.outcome), default=None)
+        best = min(problem.starts, key=lambda s: self.scalarise(s.outcome), default=None) if start == "best" else None
         self._es = self._start(np.full(problem.n_genes, 0.5) if best is None else best.genome)
 
     def ask_batch(self) -> list[Genome]:

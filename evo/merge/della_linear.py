@@ -1,0 +1,98 @@
+"""DELLA (arXiv 2406.11617): DARE whose chance to keep an element grows with its magnitude's rank in its row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evo.merge import Measure, Method, Stats
+from evo.merge.blocks import blocks
+from evo.merge.statistics import BLOCK_ELEMENTS, exact_sum, peak
+from evo.merge.task_vectors import DENSITY, EPSILON, LAMBDA, copy_of_sparse, fuse, magnitudes, switch
+
+_STEPS_PER_OCTAVE_BITS = 4
+_N_BUCKETS = 512  # 16 an octave, from 2^-24 to 2^8 times a row's mean magnitude
+_LOWEST_BUCKET = (127 - 24) << _STEPS_PER_OCTAVE_BITS
+
+
+def della(
+    donors: Sequence[Tensor],
+    base: Tensor,
+    coefficients: Sequence[float],
+    *,
+    stats: Sequence[Stats],
+    noise: Sequence[Tensor],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    rescale: float,
+    normalize: float,
+    lambda_: float,
+    elect: bool = False,
+) -> Tensor:
+    """Base + lambda * sum_d w_d m_d tau_d / k_d, m_d ~ Bernoulli(k_d) (MAGPRUNE, section 3.1 of the paper).
+
+    The chance to be kept is k = density - epsilon + 2 epsilon r, with r in [0, 1] the rank of |tau| in its row.
+    Epsilon is narrowed to min(density, 1 - density), which keeps k in [0, 1] and its mean at the density.
+
+    Ranks of single elements would have to be sorted anew for every candidate. Instead the magnitudes of each
+    row are divided by their mean, and ranks are read from one table over the whole tensor: rows are taken to
+    differ in scale, not in the shape of their distribution.
+    """
+    taus = [
+        _magprune(donor - base, measured, uniform, rho, min(half_width, rho, 1.0 - rho), bool(rescale))
+        for donor, measured, uniform, rho, half_width in zip(donors, stats, noise, density, epsilon, strict=True)
+    ]
+    return fuse(base, taus, coefficients, elect=elect, normalize=normalize, lambda_=lambda_)
+
+
+def _magprune(tau: Tensor, stats: Stats, noise: Tensor, density: float, epsilon: float, rescale: bool) -> Tensor:
+    assert stats.rows is not None
+    chances = stats.whole * (2.0 * epsilon) + (density - epsilon)  # of each bucket
+    bucket = _bucket(tau.abs().mul_(stats.rows))
+    chance = chances.index_select(0, bucket).view_as(tau)
+    tau.mul_(torch.lt(noise, chance, out=torch.empty_like(noise)))
+    if rescale:
+        tau.mul_(chances.clamp_min(2.0**-16).reciprocal().index_select(0, bucket).view_as(tau))
+    return tau
+
+
+def ranks_by_magnitude(donors: Sequence[Tensor], base: Tensor) -> Stats:
+    """The mean rank, from 0 to 1, of the magnitudes in each bucket.
+
+    Returns:
+        whole: float32 (512,), a bucket being one of 16 intervals an octave of |tau| over its row's mean.
+        rows: float32 (R, 1), the inverse of that mean.
+    """
+    (donor,) = donors
+    magnitude = magnitudes(donor, base)
+    sums = exact_sum(lambda block: magnitude(block).double(), base, peak(magnitude, base), by_row=True)
+    inverse = torch.where(sums > 0.0, base.shape[1] / sums, 0.0).float()[:, None]
+    counts = torch.zeros(_N_BUCKETS, dtype=torch.int64, device=base.device)
+    for block in blocks(base, BLOCK_ELEMENTS):
+        counts += torch.bincount(_bucket(magnitude(block).mul_(inverse[block[0]])), minlength=_N_BUCKETS)
+    ends = counts.cumsum(0).double()
+    return Stats(((ends - 0.5 * counts) / max(1, base.numel())).float(), inverse)
+
+
+def _bucket(relative: Tensor) -> Tensor:
+    """Bucket of each relative magnitude, int32, flat: its exponent and leading bits."""
+    bits = relative.reshape(-1).view(torch.int32) >> (23 - _STEPS_PER_OCTAVE_BITS)
+    return bits.sub_(_LOWEST_BUCKET).clamp_(0, _N_BUCKETS - 1)
+
+
+DELLA_LINEAR = Method(
+    della,
+    copy_of=copy_of_sparse,
+    knobs={
+        "density": DENSITY,
+        "epsilon": EPSILON,
+        "rescale": switch(True),
+        "normalize": switch(False),
+        "lambda": LAMBDA,
+    },
+    measure=Measure(ranks_by_magnitude, per_donor=True),
+    random=True,
+    from_ancestor=True,
+)

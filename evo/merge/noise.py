@@ -1,0 +1,51 @@
+"""Random numbers that are a function of their place: nothing is drawn in sequence and nothing is stored.
+
+A merge so gets the same mask in every candidate of a search, in whatever blocks and on whatever device it is
+computed, and again in the export. Only integer operations are used, whose bits do not depend on the hardware.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+Key = tuple[int, int]
+"""Two numbers of 32 bits that choose a stream."""
+
+# Rounds of xor-shift and multiplication, with the constants of C. Wellons' hash "lowbias32" (2018).
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+_SHIFTS = (16, 15, 16)
+
+
+def stream_key(*names: object) -> Key:
+    """The stream of a place, such as (seed, donor, tensor, row)."""
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
+    return _signed(int.from_bytes(digest[:4], "little")), _signed(int.from_bytes(digest[4:], "little"))
+
+
+def uniforms(key: Key, start: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers start to start + n - 1 of a stream: multiples of 2^-16 in [0, 1), float32, shape (n,).
+
+    Each hash of 32 bits makes two numbers. Streams repeat after 2^33 numbers.
+    """
+    first = start // 2
+    x = torch.arange(first, (start + n + 1) // 2, dtype=torch.int64, device=device).to(torch.int32)
+    x ^= key[0]
+    x = _shift_xor(x, _SHIFTS[0]).mul_(_signed(_MULTIPLIERS[0]))
+    x ^= key[1]  # else two keys would give one sequence, shifted
+    x = _shift_xor(x, _SHIFTS[1]).mul_(_signed(_MULTIPLIERS[1]))
+    halves = _shift_xor(x, _SHIFTS[2]).view(torch.int16)[start - 2 * first :][:n]
+    return halves.float().add_(32768.0).mul_(2.0**-16)
+
+
+def _shift_xor(x: Tensor, shift: int) -> Tensor:
+    """In place x ^ (x >> shift), the shift being that of an unsigned number."""
+    x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+    return x
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same 32 bits."""
+    return word - (1 << 32) if word >= 1 << 31 else word

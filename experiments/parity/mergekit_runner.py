@@ -1,0 +1,18 @@
+"""Runs inside mergekit's own environment: python mergekit_runner.py JOBS.json
+
+JOBS.json lists [config, folder]; each config is merged into its folder. One process, since starting one takes
+longer than merging a tiny checkpoint.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+OPTIONS = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0, num_threads=1)
+
+for config, folder in json.loads(Path(sys.argv[1]).read_text()):
+    run_merge(MergeConfiguration.model_validate(config), folder, OPTIONS)

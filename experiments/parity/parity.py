@@ -1,0 +1,214 @@
+"""Compares every merge method with mergekit 0.1.5 on tiny dense checkpoints, and prints the table of README.md.
+
+    python experiments/parity/parity.py
+
+Needs mergefront to be installed (with its dev tools or not). Makes an environment for mergekit beside this file
+(2 GB, once), or uses the one given by --env. Writes results.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import DETERMINISTIC, RANDOM, Case
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evo.checkpoint import Checkpoint
+from evo.materializer import Materializer
+from search_spaces.recipe import Recipe, Rule, Source
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch==2.13.0", "mergekit==0.1.5")
+CONFIG = LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+NAMES = ("base", "a", "b", "c")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Tensors = dict[str, Tensor]
+
+
+def main() -> None:
+    """Run both sides and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", type=Path, default=HERE / ".venv", help="virtual environment with mergekit")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        results = compare(Path(folder), mergekit_python(arguments.env))
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def mergekit_python(env: Path) -> Path:
+    """The interpreter of an environment with mergekit, made if it is missing."""
+    python = env / "bin" / "python"
+    if not python.exists():
+        venv.create(env, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+    return python
+
+
+def compare(folder: Path, python: Path) -> dict[str, Any]:
+    """All cases, in both dtypes."""
+    parents = {dtype: make_parents(folder / dtype, dtype) for dtype in DTYPES}
+    modes = {"float32": ("float32", "float32"), "bfloat16": ("float32", "bfloat16"), "pure": ("bfloat16", "bfloat16")}
+    jobs: dict[tuple[str, str], Path] = {}
+    configs: list[list[Any]] = []
+    for mode, dtypes in modes.items():
+        for case in [*DETERMINISTIC, *RANDOM] if mode == "float32" else DETERMINISTIC:
+            out = jobs[mode, case.name] = folder / f"{mode}-{len(jobs)}"
+            configs.append([case.config(parents["float32" if mode == "float32" else "bfloat16"], *dtypes), str(out)])
+    (folder / "jobs.json").write_text(json.dumps(configs))
+    subprocess.run([python, HERE / "mergekit_runner.py", folder / "jobs.json"], check=True)
+    theirs = {key: tensors_of(out) for key, out in jobs.items()}
+    return {
+        "mergekit": PACKAGES[1],
+        "torch": torch.__version__,
+        "n_parameters": sum(t.numel() for t in tensors_of(Path(parents["float32"]["base"])).values()),
+        "deterministic": [_deterministic(case, theirs, parents) for case in DETERMINISTIC],
+        "random": [_random(case, theirs["float32", case.name], parents["float32"]) for case in RANDOM],
+    }
+
+
+def make_parents(folder: Path, dtype: str) -> dict[str, str]:
+    """Checkpoints name -> folder: task vectors far larger than the base, and no two magnitudes of one alike."""
+    torch.manual_seed(0)
+    base: Tensors = {}
+    for name in NAMES:
+        model = LlamaForCausalLM(CONFIG)
+        for key, parameter in model.named_parameters():
+            parameter.data = _drawn(parameter.data.shape, base.get(key), DTYPES[dtype])
+            base.setdefault(key, parameter.data.clone())
+        model.config.dtype = DTYPES[dtype]
+        model.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in NAMES}
+
+
+def _drawn(shape: torch.Size, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if base is None:
+        return (0.01 * torch.randn(shape)).to(dtype)
+    donor = (base.float() + 0.1 * torch.randn(shape)).to(dtype)
+    while (tied := _repeated((donor.float() - base.float()).abs())).any():
+        redrawn = (base.float() + 0.1 * torch.randn(shape)).to(dtype)
+        donor = torch.where(tied, redrawn, donor)
+    return donor
+
+
+def _repeated(values: Tensor) -> Tensor:
+    """Which values have occurred before."""
+    order = values.reshape(-1).argsort(stable=True)
+    ascending = values.reshape(-1)[order]
+    repeated = torch.zeros_like(ascending, dtype=torch.bool)
+    repeated[order[1:]] = ascending[1:] == ascending[:-1]
+    return repeated.view_as(values)
+
+
+def tensors_of(folder: Path) -> Tensors:
+    """All tensors of a checkpoint."""
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.tensor(name) for name in checkpoint.headers}
+
+
+def ours(case: Case, parents: dict[str, str], seed: int = 0) -> Tensors:
+    """A case merged by this project."""
+    sources = {name: Source(path) for name, path in parents.items()}
+    rule = Rule(case.method, case.coefficients, knobs=case.knobs)
+    checkpoints = {name: Checkpoint.open(path) for name, path in parents.items()}
+    return dict(Materializer(checkpoints).stream(Recipe(sources, case.base, case.base, (rule,), seed)))
+
+
+def _deterministic(case: Case, theirs: dict[Any, Tensors], parents: dict[str, dict[str, str]]) -> dict[str, Any]:
+    merged, rounded = (ours(case, parents[dtype]) for dtype in DTYPES)
+    expected, expected_rounded, pure = (theirs[mode, case.name] for mode in ("float32", "bfloat16", "pure"))
+    assert merged.keys() == expected.keys(), merged.keys() ^ expected.keys()
+    return {
+        "case": case.name,
+        "max_abs_float32": max(float((merged[n] - t).abs().max()) for n, t in expected.items()),
+        "max_ulp_bfloat16": max(_ulps(rounded[n], t) for n, t in expected_rounded.items()),
+        "differing_bfloat16": _share_differing(rounded, expected_rounded),
+        "max_ulp_pure_bfloat16": max(_ulps(rounded[n], t) for n, t in pure.items()),
+        "differing_pure_bfloat16": _share_differing(rounded, pure),
+    }
+
+
+def _ulps(x: Tensor, y: Tensor) -> int:
+    """Largest distance in units in the last place, i.e. in numbers that bfloat16 has between the two."""
+    assert x.dtype == y.dtype == torch.bfloat16
+    places = [t.view(torch.int16).int() for t in (x, y)]
+    ordered = [torch.where(p < 0, -(p & 0x7FFF), p) for p in places]
+    return int((ordered[0] - ordered[1]).abs().max())
+
+
+def _share_differing(x: Tensors, y: Tensors) -> float:
+    return sum(int((x[n] != t).sum()) for n, t in y.items()) / sum(t.numel() for t in y.values())
+
+
+def _random(case: Case, theirs: Tensors, parents: dict[str, str]) -> dict[str, Any]:
+    base, donor = tensors_of(Path(parents["base"])), tensors_of(Path(parents["a"]))
+    return {
+        "case": case.name,
+        "density": case.knobs["density"],
+        "ours": _mask_statistics(ours(case, parents), base, donor),
+        "mergekit": _mask_statistics(theirs, base, donor),
+    }
+
+
+def _mask_statistics(merged: Tensors, base: Tensors, donor: Tensors) -> dict[str, float]:
+    """Keep rate with its standard error, the factor of what is kept, and expectation over task vector."""
+    tau = torch.cat([(donor[n] - base[n]).reshape(-1) for n in base]).double()
+    change = torch.cat([(merged[n] - base[n]).reshape(-1) for n in base]).double()
+    kept = change.abs() > 1e-7
+    rate = float(kept.double().mean())
+    factors = change[kept] / tau[kept]
+    small = tau.abs() < tau.abs().median()
+    return {
+        "keep_rate": rate,
+        "keep_rate_stderr": math.sqrt(rate * (1 - rate) / len(tau)),
+        "factor_low": float(factors.quantile(0.05)),
+        "factor_high": float(factors.quantile(0.95)),
+        "expectation": float((change * tau).sum() / tau.square().sum()),
+        "expectation_small_half": float((change * tau)[small].sum() / tau[small].square().sum()),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| method | max abs difference, float32 | bf16: max ulp (share that differs) | pure bf16: max ulp (share) |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['case']} | {row['max_abs_float32']:.1e} "
+        f"| {row['max_ulp_bfloat16']} ({row['differing_bfloat16']:.2%}) "
+        f"| {row['max_ulp_pure_bfloat16']} ({row['differing_pure_bfloat16']:.0%}) |"
+        for row in results["deterministic"]
+    ]
+    lines += [
+        "",
+        "| method | | keep rate | factor of what is kept, 5% to 95% | expectation / task vector: all, smaller half |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["random"]:
+        for side in ("ours", "mergekit"):
+            s = row[side]
+            lines.append(
+                f"| {row['case']} | {side} | {s['keep_rate']:.4f} ± {s['keep_rate_stderr']:.4f} "
+                f"| {s['factor_low']:.3f} to {s['factor_high']:.3f} "
+                f"| {s['expectation']:.3f}, {s['expectation_small_half']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
