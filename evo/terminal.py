@@ -123,7 +123,7 @@ def print_ending(front: Front, search: Search) -> None:
     if search.config.tracking.enabled:
         from evo.tracking.tracker import how_to_look, is_behind
 
-        console.print(how_to_look(folder, search.config.tracking.uri))
+        console.print(f"MLflow    {how_to_look(folder, search.config.tracking.uri)}")
         if is_behind(folder):
             console.print(f"          MLflow has not been told everything yet: mergefront sync {folder}")
     console.print(f"export    mergefront export {folder} --pick knee --out my-model")

@@ -1,11 +1,10 @@
 """Searches judged on 2,000 held-out problems, beside the 21-point line.
 
-search-SEED starts from the best swap of roles; unaided-0 knows no swaps and starts from the center of the space;
-random-0 draws genomes. All have the same budget of candidates.
+A search starts from the best of parents, average and swaps of roles.
 
     python experiments/chimera_mini/proof.py [--out runs/proof] [--jobs 2]
 
-Writes results.json and front.png beside this file. Runs that are already there are not repeated. Every choice
+Writes results.json beside this file. Runs that are already there are not repeated. Every choice
 (which candidate is *the child* of a seed) reads search scores only; every figure is a held-out one.
 """
 
@@ -27,7 +26,6 @@ from evo import Search
 from evo.front import Front, Row
 from evo.ledger import Ledger
 from evo.pareto import Scale, nondominated
-from evo.picture import save_front
 from evo.terminal import watching
 from fitness.types import Score, Split
 
@@ -47,11 +45,6 @@ def config_of(name: str, folder: Path) -> Path:
     if kind == "line":
         config |= {"space": {"kind": "line", "base": "concise"}, "optimizer": {"kind": "line_sweep", "points": 21}}
         config["baselines"] = {"average": False, "swaps": False}
-    elif kind == "random":
-        config["optimizer"], config["baselines"] = {"kind": "random"}, {"average": True}
-    elif kind == "unaided":
-        config["optimizer"] |= {"start": "center", "sigma": 0.3}
-        config["baselines"] = {"average": True}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -72,6 +65,14 @@ def scores(search: Search, split: Split = Split.HELD_OUT) -> dict[str, Score]:
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
         names = {ask.id: ask.name for ask in ledger.asks()}
         return {names[e.candidate_id]: ledger.score(e) for e in ledger.entries(split) if e.losses is not None}
+
+
+def line_scores(search: Search) -> dict[str, Score]:
+    """The parents, and the 21 points of the line under their share of the reasoner, "0.00" to "1.00"."""
+    found = scores(search)
+    points = sorted((name for name in found if name not in ("reasoner", "concise")), key=lambda name: int(name[1:]))
+    shares = {name: f"{i / (len(points) - 1):.2f}" for i, name in enumerate(points)}
+    return {shares.get(name, name): score for name, score in found.items()}
 
 
 def losses(score: Score) -> list[float]:
@@ -119,7 +120,7 @@ def judge(search: Search, line: dict[str, Score]) -> dict[str, Any]:
     scale = Scale.of_parents(("error", "tokens"), [losses(reasoner), losses(concise)])
     members = {row.ask.name: held_out[row.ask.name] for row in front.members}
     child = child_of(front)
-    interior = {name: score for name, score in line.items() if name not in ("reasoner", "concise")}
+    interior = {name: score for name, score in line.items() if name not in ("reasoner", "concise", "0.00", "1.00")}
     points = np.array([losses(s) for s in (*members.values(), *interior.values())])
     on_front = nondominated(points)[len(members) :]
     ours, theirs = list(members.values()), [reasoner, concise, *interior.values()]
@@ -153,11 +154,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
-    names = ["line", *(f"search-{seed}" for seed in SEEDS), "unaided-0", "random-0"]
+    names = ["line", *(f"search-{seed}" for seed in SEEDS)]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(run, names, [arguments.out] * len(names)))
     runs = {name: Search.open(arguments.out / name) for name in names}
-    line = scores(runs.pop("line"))
+    line = line_scores(runs.pop("line"))
     results = {
         "machine": f"{platform.machine()}, CPU, {platform.python_implementation()} {platform.python_version()}",
         "parents": {name: describe(line[name]) for name in ("reasoner", "concise")},
@@ -165,7 +166,6 @@ def main() -> None:
         **{name: judge(search, line) for name, search in runs.items()},
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    save_front(runs["search-0"].front(), HERE / "front.png", title="chimera-mini", held_out=True)
     for name in runs:
         r = results[name]
         print(
