@@ -39,7 +39,7 @@ class SyntheticRun:
         sources = open_sources(config)
         digests = {name: f"{i:064x}" for i, name in enumerate(config.sources)}
         self.space = build_space(config, sources, digests)
-        self._first = first_candidates(config, recipe_sources(config, digests))
+        self._first = first_candidates(config, self.space, recipe_sources(config, digests))
         self._rng = np.random.default_rng(config.seed)
         self._skill: dict[int, tuple[float, float]] = {}
         self._generation = 0
