@@ -19,7 +19,6 @@ demo: .venv/.core
 	@echo
 	@echo "Next, with $(BIN) on your PATH:"
 	@echo "  mergefront front $(DEMO) --held-out"
-	@echo "  mlflow ui --backend-store-uri sqlite:///$(abspath $(DEMO))/mlflow.db      then open http://127.0.0.1:5000"
 	@echo "  mergefront run experiments/chimera_mini/search.yaml --out $(DEMO) --budget candidates=400"
 
 test: .venv/.dev

@@ -9,7 +9,7 @@ import numpy as np
 from evo.checkpoint import Checkpoint, check_compatible
 from evo.config import Config, component_options
 from evo.merge import get_method
-from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem
+from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem, Start
 from evo.pareto import Scale
 from evo.types import Candidate, Origin
 from evo.worker import Worker
@@ -19,7 +19,7 @@ from fitness.types import Task
 from search_spaces import SPACES
 from search_spaces.genes import Gene, SearchSpace
 from search_spaces.grouped import Ingredients
-from search_spaces.recipe import Recipe, Rule, Source, copy_of
+from search_spaces.recipe import Recipe, Rule, Source
 
 
 def build_task(config: Config) -> Task:
@@ -95,37 +95,43 @@ def open_sources(config: Config) -> dict[str, Checkpoint]:
     return checkpoints
 
 
-def search_problem(config: Config, space: SearchSpace, scale: Scale | None = None) -> SearchProblem:
+def search_problem(
+    config: Config, space: SearchSpace, scale: Scale | None = None, starts: tuple[Start, ...] = ()
+) -> SearchProblem:
     """What an optimizer is told. Without a scale, a stand-in takes its place: enough to check options with."""
-    n, parents = len(config.objectives), list(config.parents)
-    starts = [space.uniform({name: 1.0}) for name in parents]
-    starts.append(space.uniform({name: 1.0 / len(parents) for name in parents}))
+    n = len(config.objectives)
     low, high = space.uniform({config.space_base: 1.0}), space.uniform({config.space_donors[0]: 1.0})
     return SearchProblem(
         n_genes=len(space.genes),
         scale=scale or Scale(np.zeros(n), np.ones(n)),
         seed=config.seed,
-        starts=tuple(start for start in starts if start is not None),
+        starts=starts,
         corners=None if low is None or high is None else (low, high),
     )
 
 
-def first_candidates(config: Config, sources: dict[str, Source]) -> list[Candidate]:
-    """Parents, the average, and points of the line from the last parent to the first."""
-    parents, interface = list(config.parents), config.interface_parent
-    recipes: list[tuple[str, Origin, Recipe]] = [
-        (name, Origin.PARENT, copy_of(name, sources, interface)) for name in parents
-    ]
+def first_candidates(config: Config, space: SearchSpace, sources: dict[str, Source]) -> list[Candidate]:
+    """Parents, then the plain merges that the config asks for. Those that the space can express have a genome."""
+    parents = list(config.parents)
+    mixtures: list[tuple[str, Origin, dict[str, float]]] = [(p, Origin.PARENT, {p: 1.0}) for p in parents]
     if config.baselines.average:
-        shares = {name: 1.0 / len(parents) for name in parents[:-1]}
-        recipes.append(("average", Origin.BASELINE, _mixture(parents[-1], shares, sources, interface)))
-    points = np.linspace(0.0, 1.0, config.baselines.line_points + 2)[1:-1]
-    for share in (float(p) for p in points):
-        recipe = _mixture(parents[-1], {parents[0]: share}, sources, interface)
-        recipes.append((f"line-{share:.3g}", Origin.BASELINE, recipe))
-    return [Candidate(i, name, origin, 0, recipe) for i, (name, origin, recipe) in enumerate(recipes)]
+        mixtures.append(("average", Origin.BASELINE, {p: 1.0 / len(parents) for p in parents}))
+    for share in map(float, np.linspace(0.0, 1.0, config.baselines.line_points + 2)[1:-1]):
+        line = {parents[0]: share, parents[-1]: 1.0 - share}
+        mixtures.append((f"line-{share:.3g}", Origin.BASELINE, line))
+    interface = config.interface_parent
+    found = [
+        Candidate(i, name, origin, 0, _mixture(shares, sources, interface), space.uniform(shares))
+        for i, (name, origin, shares) in enumerate(mixtures)
+    ]
+    if config.baselines.swaps:
+        for name, genome in space.swaps().items():
+            found.append(Candidate(len(found), name, Origin.BASELINE, 0, space.decode(genome), genome))
+    return found
 
 
-def _mixture(base: str, shares: dict[str, float], sources: dict[str, Source], interface: str) -> Recipe:
-    """Every tensor the same linear mixture of the sources."""
-    return Recipe(sources, base, interface, (Rule("linear", shares),))
+def _mixture(shares: dict[str, float], sources: dict[str, Source], interface: str) -> Recipe:
+    """Every tensor the same linear mixture of the sources; the last one named is the base."""
+    *donors, base = shares
+    rules = (Rule("linear", {name: shares[name] for name in donors}),) if donors else ()
+    return Recipe(sources, base, interface, rules)

@@ -145,11 +145,12 @@ def stop(run_dir: RunDir, debug: Debug = False) -> None:
 def sync(run_dir: RunDir, debug: Debug = False) -> None:
     """Bring MLflow up to date with a run, after MLflow was down or the run was killed."""
     with _readable_errors(debug):
-        from evo import tracker
         from evo.search import Search
+        from evo.tracking import tracker
 
         tracking = Search.open(run_dir).config.tracking
         typer.echo(str(tracker.sync(run_dir, tracking.uri, tracking.experiment)))
+        typer.echo(tracker.how_to_look(run_dir, tracking.uri))
 
 
 def main() -> None:

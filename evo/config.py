@@ -135,6 +135,9 @@ class Baselines(_Section):
     average: bool = True
     line_points: int = Field(0, ge=0, le=1000)
     """Interior points of the line between two parents."""
+    swaps: bool = False
+    """For each set of roles that the space tells apart: these from the donor and the rest from the base, as
+    R1T-Chimera took routed experts, and the other way round. Optimizers start from the best of all baselines."""
 
 
 class Budget(_Section):
@@ -262,6 +265,7 @@ def load_config(path: str | Path) -> Config:
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Describe every key, except the safe ones, that differs between two dumped configs."""
+    old = Config.model_validate(old).model_dump(mode="json")  # keys that are new since then have their default
     before, after = dict(_flatten(old)), dict(_flatten(new))
     return [
         f"{key}: {before.get(key, '(not set)')!r} when the run started, {after.get(key, '(not set)')!r} now"
@@ -286,7 +290,7 @@ def component_options(component: _Component, table: Mapping[str, str]) -> dict[s
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
     """
     target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
         for name, parameter in inspect.signature(target).parameters.items()

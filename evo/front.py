@@ -133,10 +133,11 @@ class Front:
 def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
     """The front of a run, or as it stood after a generation."""
     held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
-    asks = ledger.asks()
+    entries = ledger.entries(Split.SEARCH)
+    asks = ledger.asks()  # last: a live run may add to all three meanwhile
     rows = [
         Row(asks[entry.candidate_id], entry, held_out.get(entry.candidate_id))
-        for entry in ledger.entries(Split.SEARCH)
+        for entry in entries
         if entry.losses is not None
     ]
     if until_generation is not None:

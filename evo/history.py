@@ -21,12 +21,12 @@ class History:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._objectives = tuple(ledger.meta("config")["objectives"])
-        self.asks: list[Ask] = ledger.asks()
-        """Candidate id -> its ask."""
-        self.entries: dict[Split, dict[int, Entry]] = {
+        self.entries: dict[Split, dict[int, Entry]] = {  # before the asks, which a live run may add to meanwhile
             split: {entry.candidate_id: entry for entry in ledger.entries(split)} for split in Split
         }
         """Split -> candidate id -> its evaluation."""
+        self.asks: list[Ask] = ledger.asks()
+        """Candidate id -> its ask."""
         self.budget = Budget.model_validate(ledger.meta("budget"))
         """Its limits; see Budget."""
         self.spent = {"candidates": 0.0, "tokens": 0.0, "hours": 0.0}

@@ -39,8 +39,8 @@ CREATE TABLE asks (
     name TEXT NOT NULL UNIQUE,
     origin TEXT NOT NULL,
     parents TEXT NOT NULL,         -- JSON list of candidate ids
-    recipe TEXT,                   -- JSON; NULL where the genome says it all
-    genome BLOB                    -- float32
+    recipe TEXT,                   -- JSON; NULL for proposals, whose genome says it all
+    genome BLOB                    -- float32; NULL where the space cannot express the recipe
 );
 CREATE TABLE evaluations (
     seq INTEGER PRIMARY KEY,
@@ -177,7 +177,7 @@ class Ledger:
         rows = [
             (
                 c.id, time.time(), c.generation, c.name, str(c.origin), json.dumps(c.parents),
-                json.dumps(c.recipe.to_dict()) if c.genome is None else None,
+                json.dumps(c.recipe.to_dict()) if c.genome is None or c.origin is not Origin.SEARCH else None,
                 None if c.genome is None else c.genome.astype("<f4").tobytes(),
             )
             for c in candidates
@@ -246,7 +246,8 @@ class Ledger:
         return int(last or 0) + 1
 
     def _asks(self, where: str, values: tuple[Any, ...]) -> Iterator[Ask]:
-        for row in self._db.execute(f"SELECT * FROM asks WHERE {where} ORDER BY id", values):
+        # fetchall: a reader that decodes while it steps holds a lock that makes the search wait to commit
+        for row in self._db.execute(f"SELECT * FROM asks WHERE {where} ORDER BY id", values).fetchall():
             seq, id, when, generation, name, origin, parents, recipe, genome = row
             yield Ask(
                 seq=seq, id=id, time=when, generation=generation, name=name, origin=Origin(origin),
@@ -256,7 +257,7 @@ class Ledger:
             )  # fmt: skip
 
     def _entries(self, where: str, values: tuple[Any, ...]) -> Iterator[Entry]:
-        for row in self._db.execute(f"SELECT * FROM evaluations WHERE {where} ORDER BY seq", values):
+        for row in self._db.execute(f"SELECT * FROM evaluations WHERE {where} ORDER BY seq", values).fetchall():
             seq, when, candidate, split, status, seconds, losses, violations, summary, detail = row
             yield Entry(
                 seq=seq, time=when, candidate_id=candidate, split=Split(split), status=Status(status),
@@ -280,6 +281,11 @@ def exists(folder: Path) -> bool:
             return bool(db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0])
     except sqlite3.DatabaseError as error:
         raise LedgerError(f"{file} is not a ledger, or is damaged: {error}") from error
+
+
+def discard(folder: Path) -> None:
+    """Remove a ledger that holds no evaluation."""
+    (folder / FILE).unlink()
 
 
 def _connect(file: Path, mode: str) -> sqlite3.Connection:

@@ -15,7 +15,7 @@ from evo.assemble import build_optimizer, build_worker, first_candidates, recipe
 from evo.config import Config
 from evo.history import History
 from evo.ledger import Ask, Entry
-from evo.optimizers import Optimizer, Outcome
+from evo.optimizers import Optimizer, Outcome, Start
 from evo.run_folder import stop_requested
 from evo.types import Candidate, Evaluation, Origin, Status
 from evo.worker import Worker
@@ -85,7 +85,7 @@ class Loop:
         """Parents, then baselines: the scale, the accuracy floor and every comparison rest on them."""
         if not self._history.asks:
             sources = recipe_sources(self._config, self._digests)
-            self._history.append_asks(first_candidates(self._config, sources))
+            self._history.append_asks(first_candidates(self._config, self._space, sources))
         self._n_first = sum(ask.origin is not Origin.SEARCH for ask in self._history.asks)
         for ask in self._history.asks[: self._n_first]:
             if ask.id in self._history.entries[Split.SEARCH]:
@@ -99,8 +99,8 @@ class Loop:
 
     def _replay(self) -> tuple[Optimizer, int]:
         """Bring a fresh optimizer to where the ledger ends; what was asked and not told is evaluated now."""
-        scale = self._history.front.scale
-        optimizer = build_optimizer(self._config, search_problem(self._config, self._space, scale))
+        problem = search_problem(self._config, self._space, self._history.front.scale, self._starts())
+        optimizer = build_optimizer(self._config, problem)
         generations: dict[int, list[Ask]] = {}
         for ask in self._history.asks[self._n_first :]:
             generations.setdefault(ask.generation, []).append(ask)
@@ -121,9 +121,12 @@ class Loop:
             self._tell(optimizer, entry)
 
     def _tell(self, optimizer: Optimizer, entry: Entry) -> None:
-        violation = sum(entry.violations.values())
-        outcome = Outcome(None) if entry.losses is None else Outcome(np.array(entry.losses), violation)
-        optimizer.tell(entry.candidate_id - self._n_first, outcome)
+        optimizer.tell(entry.candidate_id - self._n_first, _outcome(entry))
+
+    def _starts(self) -> tuple[Start, ...]:
+        """What is known before the optimizer's first proposal, where the space has a genome for it."""
+        first, known = self._history.asks[: self._n_first], self._history.entries[Split.SEARCH]
+        return tuple(Start(a.genome, _outcome(known[a.id])) for a in first if a.genome is not None and a.id in known)
 
     def _record(self, genomes: Sequence[Genome], generation: int) -> list[Ask]:
         start = len(self._history.asks)
@@ -158,13 +161,21 @@ class Loop:
     def _evaluate(self, ask: Ask, split: Split) -> Evaluation:
         if self._worker is None:  # loading a model takes long, and a finished run needs none
             self._worker = build_worker(self._config, self._task)
-        recipe = self._space.decode(ask.genome) if ask.recipe is None and ask.genome is not None else ask.recipe
+        recipe = ask.recipe
+        if recipe is None and ask.genome is not None:
+            recipe = self._space.decode(ask.genome)
         assert recipe is not None, "an ask has a recipe or a genome"
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         return self._worker.evaluate(candidate, split)
 
     def _must_end(self) -> bool:
         return stop_requested(self._folder) or self._history.exhausted
+
+
+def _outcome(entry: Entry) -> Outcome:
+    if entry.losses is None:
+        return Outcome(None)
+    return Outcome(np.array(entry.losses), sum(entry.violations.values()))
 
 
 def _check_replay(proposed: Sequence[Genome], recorded: Sequence[Ask]) -> None:

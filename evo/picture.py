@@ -162,7 +162,7 @@ def _draw_baselines(axes: Axes, front: Front) -> list[Any]:
         axes.plot(line.tokens, line.accuracy, color=_BASELINE, linewidth=1.2, alpha=0.8, zorder=2.2)
     return axes.plot(
         points.tokens, points.accuracy, "D", color=_BASELINE, markersize=5.5, markeredgecolor="white",
-        markeredgewidth=0.7, zorder=2.3, label="plain merges",
+        markeredgewidth=0.7, zorder=3.05, label="plain merges",
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from evo import ledger as ledger_file
-from evo import tracker
 from evo.assemble import build_optimizer, build_space, build_task, open_sources, search_problem, source_digests
 from evo.config import Budget, Config, changed_keys, load_config
 from evo.front import Front, read_front
@@ -25,6 +24,7 @@ from evo.history import History
 from evo.ledger import Ledger
 from evo.loop import Loop, ResumeError, Watcher
 from evo.run_folder import hold, stop_requested
+from evo.tracking import tracker
 from fitness.types import Split, Task
 
 
@@ -116,6 +116,10 @@ class Search:
             meta = {"config": self.config.model_dump(mode="json"), "digests": digests, "versions": _versions()}
             return Ledger.create(self.folder, meta, problems)
         ledger = Ledger.open(self.folder)
+        if not ledger.entries(Split.SEARCH):  # nothing was measured, so there is nothing to protect: start anew
+            ledger.close()
+            ledger_file.discard(self.folder)
+            return self._open_ledger(task, digests)
         differences = changed_keys(ledger.meta("config"), self.config.model_dump(mode="json"))
         differences += [
             f"checkpoint {name!r}: its content has changed"

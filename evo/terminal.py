@@ -121,9 +121,11 @@ def print_ending(front: Front, search: Search) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"\npicture   {folder / PICTURE_FILE}")
     if search.config.tracking.enabled:
-        from evo.tracker import default_uri
+        from evo.tracking.tracker import how_to_look, is_behind
 
-        console.print(f"MLflow    mlflow ui --backend-store-uri {search.config.tracking.uri or default_uri(folder)}")
+        console.print(how_to_look(folder, search.config.tracking.uri))
+        if is_behind(folder):
+            console.print(f"          MLflow has not been told everything yet: mergefront sync {folder}")
     console.print(f"export    mergefront export {folder} --pick knee --out my-model")
     console.print("go on     the same command with --budget candidates=N, N larger than before")
 

@@ -30,6 +30,8 @@ def block_groups(layout: Layout, roles: Sequence[Sequence[Role]] | None = None) 
     for index in [*range(layout.n_blocks), -1]:
         present = layout.roles_in(None if index == -1 else index)
         place = "model" if index == -1 else f"block{index}"
-        here = [tuple(role for role in group if role in present) for group in groups]
-        found += [Group(f"{place}.{'+'.join(group)}", group, (index,)) for group in here if group]
+        here = [(group, tuple(role for role in group if role in present)) for group in groups]
+        found += [
+            Group(f"{place}.{'+'.join(some)}", some, (index,), kind="+".join(group)) for group, some in here if some
+        ]
     return found

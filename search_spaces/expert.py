@@ -28,7 +28,7 @@ def expert(
     if not layout.n_experts:
         raise ValueError("space 'expert' needs routed experts, and these checkpoints have none: use 'block'")
     groups = [
-        Group(f"block{b}.expert{e}", (Role.ROUTED_EXPERT,), (b,), (e,))
+        Group(f"block{b}.expert{e}", (Role.ROUTED_EXPERT,), (b,), (e,), kind=Role.ROUTED_EXPERT)
         for b in range(layout.n_blocks)
         for e in layout.experts_in(b)
     ]
@@ -36,5 +36,5 @@ def expert(
         others = [[role] for role in Role if role is not Role.ROUTED_EXPERT]
         groups += block_groups(layout, others)
     elif rest == "line":
-        groups.append(Group("rest", tuple(role for role in Role if role is not Role.ROUTED_EXPERT)))
+        groups.append(Group("rest", tuple(role for role in Role if role is not Role.ROUTED_EXPERT), kind="rest"))
     return GroupedSpace(groups, ingredients, layout)

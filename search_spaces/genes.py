@@ -66,6 +66,13 @@ class SearchSpace(Protocol):
         """
         ...
 
+    def swaps(self) -> dict[str, Genome]:
+        """Recipes in the manner of R1T-Chimera: one set of roles from the first donor and the rest from the base
+        ("only-ROLES"), or the other way round ("but-ROLES"). Empty where the space does not tell roles apart or
+        its method does not mix linearly.
+        """
+        ...
+
 
 def check_genome(genome: Genome, n_genes: int) -> None:
     """Raise ValueError unless a genome has shape (n_genes,) and every gene lies in [0, 1]."""

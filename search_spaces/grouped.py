@@ -20,6 +20,8 @@ class Group:
     roles: tuple[Role, ...] | None = None
     blocks: tuple[int, ...] | None = None
     experts: tuple[int, ...] | None = None
+    kind: str = ""
+    """Groups of one kind differ in their place only, as attention in block 1 and in block 2."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,21 @@ class GroupedSpace:
         values = [shares.get(donor, 0.0) for donor in part.donors] * len(self.groups)
         genes = [gene.gene(value) for gene, value in zip(self.genes, values, strict=True)]
         return None if any(g is None for g in genes) else np.array(genes, np.float32)
+
+    def swaps(self) -> dict[str, Genome]:
+        """See SearchSpace."""
+        if not self.ingredients.is_mixture:
+            return {}
+        of_donor = len(self.ingredients.donors) * np.arange(len(self.groups))  # each group's gene of the first donor
+        on, off = (self.genes[0].gene(value) for value in (1.0, 0.0))
+        kinds = dict.fromkeys(group.kind for group in self.groups)
+        if on is None or off is None or len(kinds) < 2:
+            return {}
+        found = {}
+        for kind in kinds:
+            chosen = np.array([group.kind == kind for group in self.groups])
+            for name, donated in (("only", chosen), ("but", ~chosen)):
+                genome = np.full(len(self.genes), off, np.float32)
+                genome[of_donor[donated]] = on
+                found[f"{name}-{kind}"] = genome
+        return found

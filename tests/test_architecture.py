@@ -28,7 +28,7 @@ HOMES = {  # third-party library -> where alone it may be imported
     "cma": "evo/optimizers/",
     "optuna": "evo/optimizers/",
     "moocore": "evo/pareto.py",
-    "mlflow": ("evo/tracker.py", "evo/mlflow_store.py"),
+    "mlflow": "evo/tracking/mlflow_store.py",
     "matplotlib": "evo/picture.py",
     "rich": ("evo/terminal.py", "evo/cli.py"),
     "typer": "evo/cli.py",

@@ -3,6 +3,7 @@
 import json
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,10 +117,6 @@ class TestArithmetic:
     def test_large_splits_are_filled(self):
         assert len(Arithmetic(held_out=5000).problems(Split.HELD_OUT)) == 5000
 
-    def test_impossible_sizes_are_refused(self):
-        with pytest.raises(ValueError, match="search: 0"):
-            Arithmetic(search=0)
-
 
 class TestTable:
     @pytest.fixture
@@ -140,7 +137,7 @@ class TestTable:
     def test_a_data_set_by_name_goes_through_datasets(self, rows, tmp_path):
         """A folder stands in for a hub name: the same call, without a network."""
         (tmp_path / "hub").mkdir()
-        (tmp_path / "hub" / "train.jsonl").write_bytes(open(rows, "rb").read())
+        (tmp_path / "hub" / "train.jsonl").write_bytes(Path(rows).read_bytes())
         task = Table(path=str(tmp_path / "hub"), question="q", answer="a", subset="train")
         assert sum(len(task.problems(split)) for split in Split) == 60
 

@@ -1,11 +1,12 @@
 """One contract for every optimizer of the table, and what each is for."""
 
 import pkgutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evo.optimizers import OPTIMIZERS, Outcome, SearchProblem
+from evo.optimizers import OPTIMIZERS, Outcome, SearchProblem, Start
 from evo.optimizers.cma_es import CmaEs
 from evo.optimizers.nsga2 import Nsga2
 from evo.optimizers.random_search import RandomSearch
@@ -17,7 +18,8 @@ SCALE = Scale(np.zeros(2), np.array([1.0, 2.0]))
 
 def problem(seed=0, n=N):
     ends = (np.zeros(n, np.float32), np.ones(n, np.float32))
-    return SearchProblem(n, SCALE, seed, starts=(*ends, np.full(n, 0.5, np.float32)), corners=ends)
+    starts = tuple(Start(g, Outcome(losses(g))) for g in (*ends, np.full(n, 0.5, np.float32)))
+    return SearchProblem(n, SCALE, seed, starts=starts, corners=ends)
 
 
 def make(name, seed=0):
@@ -111,6 +113,14 @@ def test_weights_of_the_wrong_number_are_refused():
         CmaEs(problem(), weights=[1.0])
 
 
+def test_cma_es_starts_from_the_best_start():
+    """Of the ends and the middle the middle is best here; of the ends alone, each is as bad as the other."""
+    near = np.mean(CmaEs(problem(), sigma=1e-3).ask(20), axis=0)
+    assert np.allclose(near, 0.5, atol=0.01)
+    ends = replace(problem(), starts=problem().starts[:1])
+    assert np.allclose(np.mean(CmaEs(ends, sigma=1e-3).ask(20), axis=0), 0.0, atol=0.01)
+
+
 def test_cma_es_is_diagonal_for_large_spaces():
     genomes = CmaEs(problem(n=2000), population=8).ask(8)
     assert len(genomes) == 8 and genomes[0].shape == (2000,)
@@ -142,8 +152,3 @@ def test_a_sweep_is_evenly_spaced_and_ends():
     optimizer = pkgutil.resolve_name(OPTIMIZERS["line_sweep"])(problem(), points=5)
     assert [float(g[0]) for g in optimizer.ask(100)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert optimizer.ask(100) == []
-
-
-def test_populations_too_small_to_breed_are_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        Nsga2(problem(), population=1)

@@ -316,6 +316,15 @@ class TestRefused:
             Search.from_yaml(path, tmp_path / "run").run()
         assert not (tmp_path / "run" / "ledger.sqlite").exists()
 
+    def test_a_run_that_never_measured_anything_takes_a_mended_config(self, tmp_path):
+        path = write_config(tmp_path, candidates=2)
+        path.write_text(path.read_text().replace("device: cpu", "device: cuda"))
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match="torch sees no GPU here"):
+                Search.from_yaml(path, tmp_path / "run").run()
+        write_config(tmp_path, candidates=2)
+        assert len(Search.from_yaml(path, tmp_path / "run").run().evaluated) == 2
+
     def test_two_processes_on_one_run(self, finished):
         with hold(finished.folder), pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             finished.run()
@@ -358,6 +367,24 @@ def test_line_points_are_baselines(tmp_path):
     path.write_text(path.read_text() + "baselines: {average: false, line_points: 3}\n")
     front = Search.from_yaml(path, tmp_path / "run").run()
     assert [row.ask.name for row in front.baselines] == ["line-0.25", "line-0.5", "line-0.75"]
+
+
+def test_swaps_are_baselines_and_the_optimizer_starts_from_the_best(tmp_path):
+    path = write_config(tmp_path, candidates=30, optimizer="{kind: cma_es, population: 4, sigma: 0.001}")
+    path.write_text(path.read_text() + "baselines: {average: false, swaps: true}\n")
+    search = Search.from_yaml(path, tmp_path / "run")
+
+    def stop(event):
+        if event.ask.origin is Origin.SEARCH:
+            request_stop(search.folder)
+
+    front = search.run(stop)
+    names = [row.ask.name for row in front.baselines]
+    assert "only-routed_expert" in names and "but-attention" in names
+    first, starts = front.evaluated[-1], front.evaluated[:-1]
+    scaled = [sum(front.scale(row.losses)) / 2 * 0.05 + max(front.scale(row.losses)) / 2 for row in starts]
+    best = starts[int(np.argmin(scaled))]  # equal weights, rho 0.05: the optimizer's defaults
+    assert np.allclose(first.ask.genome, best.ask.genome, atol=0.01)
 
 
 def _search_entries(search):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from search_spaces import SPACES
 from search_spaces.block import block
 from search_spaces.expert import expert
+from search_spaces.genes import Gene
 from search_spaces.grouped import Ingredients
 from search_spaces.layout import Role, parse_layout
 from search_spaces.recipe import Recipe, Rule, Source
@@ -94,6 +95,28 @@ def test_expert_space_has_a_gene_for_each_expert():
     assert "block1.routed_expert:reasoner" not in names
 
 
+def test_swaps_take_one_set_of_roles_from_the_donor():
+    """R1T-Chimera's published recipe is only-routed_expert: routed experts of R1, the rest of V3-0324."""
+    space = block(LAYOUT, TWO, roles=[[Role.ATTENTION], [Role.ROUTED_EXPERT, Role.FFN], [Role.NORM, Role.HEAD]])
+    swaps = space.swaps()
+    assert list(swaps) == [
+        f"{side}-{kind}" for kind in ("attention", "routed_expert+ffn", "norm+head") for side in ("only", "but")
+    ]
+    only = coefficients(space.decode(swaps["only-routed_expert+ffn"]))
+    but = coefficients(space.decode(swaps["but-routed_expert+ffn"]))
+    for name, value in only.items():
+        if value is None:
+            continue  # a role that the space leaves to the base
+        expected = 1.0 if "experts.0" in name or ".experts." in name or "layers.0.mlp" in name else 0.0
+        assert value == {"reasoner": expected}, name
+        assert but[name] == {"reasoner": 1.0 - expected}, name
+
+
+def test_the_line_has_no_swaps_and_experts_are_one_kind():
+    assert make("line", TWO).swaps() == {}
+    assert "only-routed_expert" in make("expert", TWO).swaps()
+
+
 def test_expert_space_refuses_dense_checkpoints():
     with pytest.raises(ValueError, match="use 'block'"):
         expert(parse_layout({"lm_head.weight": (2, 2)}), TWO)
@@ -158,3 +181,39 @@ def test_a_recipe_refuses_names_without_a_source():
 def test_files_that_are_no_recipe_are_refused(text):
     with pytest.raises((ValueError, AttributeError)):
         Recipe.from_yaml(text)
+
+
+class TestSearchedKnobs:
+    INGREDIENTS = Ingredients(
+        SOURCES, "base", ("reasoner", "concise"), "reasoner", "ties",
+        knobs={"lambda": 0.9},
+        knob_genes=(Gene("density", 0.2, 1.0, step=1 / 128), Gene("density:concise", 0.0, 0.5)),
+        is_mixture=False,
+    )  # fmt: skip
+
+    def test_every_group_has_its_own(self):
+        space = block(LAYOUT, self.INGREDIENTS, roles=[[Role.ATTENTION], [Role.NORM]])
+        names = [gene.name for gene in space.genes[:4]]
+        assert names == [f"block0.attention:{n}" for n in ("reasoner", "concise", "density", "density:concise")]
+        genome = np.linspace(0, 1, len(space.genes), dtype=np.float32)
+        for i, rule in enumerate(space.decode(genome).rules):
+            assert list(rule.coefficients.values()) == pytest.approx(genome[4 * i : 4 * i + 2])
+            assert set(rule.knobs) == {"lambda", "density", "density:concise"} and rule.knobs["lambda"] == 0.9
+            assert rule.knobs["density"] == pytest.approx(0.2 + 0.8 * genome[4 * i + 2], abs=1 / 256)
+            assert (rule.knobs["density"] * 128).is_integer()
+            assert rule.knobs["density:concise"] == pytest.approx(0.5 * genome[4 * i + 3])
+
+    def test_survive_their_files(self):
+        space = block(LAYOUT, self.INGREDIENTS)
+        recipe = space.decode(np.full(len(space.genes), 0.3, np.float32))
+        assert Recipe.from_yaml(recipe.to_yaml()).digest == recipe.digest
+
+    def test_what_does_not_mix_linearly_has_no_mixtures(self):
+        space = block(LAYOUT, self.INGREDIENTS)
+        assert space.uniform({"reasoner": 1.0}) is None and space.swaps() == {}
+
+
+def test_steps_round_within_the_bounds():
+    gene = Gene("n", 0.9, 5.2, step=1.0)
+    assert [gene.value(x) for x in (0.0, 0.5, 1.0)] == [1.0, 3.0, 5.0]
+    assert Gene("d", 0.1, 0.3, step=1 / 4).value(0.0) == 0.1  # no multiple below: the bound itself

@@ -24,20 +24,6 @@ OPTIMIZERS = {
 
 
 @dataclass(frozen=True)
-class SearchProblem:
-    """What an optimizer is told before it starts."""
-
-    n_genes: int
-    scale: Scale
-    """Makes losses comparable; fixed for the run."""
-    seed: int
-    starts: tuple[Genome, ...] = ()
-    """Genomes worth starting from: the parents and their average, where the space has them."""
-    corners: tuple[Genome, Genome] | None = None
-    """Genomes of the two ends of the line, where the space has them."""
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What an optimizer is told of a candidate, as what it is."""
 
@@ -45,6 +31,28 @@ class Outcome:
     """Shape (M,), or None if it could not be measured."""
     violation: float = 0.0
     """Sum of constraint violations; 0 is feasible."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A genome that has been evaluated before the search begins."""
+
+    genome: Genome
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """What an optimizer is told before it starts."""
+
+    n_genes: int
+    scale: Scale
+    """Makes losses comparable; fixed for the run."""
+    seed: int
+    starts: tuple[Start, ...] = ()
+    """Parents and baselines, where the space has them."""
+    corners: tuple[Genome, Genome] | None = None
+    """Genomes of the two ends of the line, where the space has them."""
 
 
 class Optimizer(Protocol):

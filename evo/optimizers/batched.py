@@ -20,8 +20,6 @@ class Batched(ABC):
     batch_size: int
 
     def __init__(self, batch_size: int) -> None:
-        if batch_size < 2:
-            raise ValueError(f"population: expected at least 2, got {batch_size}")
         self.batch_size = batch_size
         self._queue: deque[Genome] = deque()
         self._outcomes: dict[int, Outcome] = {}

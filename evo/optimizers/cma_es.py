@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from evo.optimizers import Outcome, SearchProblem
@@ -23,7 +24,7 @@ _INFEASIBLE, _FAILED = 1e3, 1e6  # CMA-ES uses ranks only: these sort after ever
 
 
 class CmaEs(Batched):
-    """One CMA-ES that restarts from a random mean when it has converged.
+    """One CMA-ES from the best start; it restarts from a random mean when it has converged.
 
     Args:
         population: genomes a generation; default pycma's 4 + floor(3 ln G).
@@ -36,10 +37,10 @@ class CmaEs(Batched):
         self,
         problem: SearchProblem,
         *,
-        population: int | None = None,
-        sigma: float = 0.3,
+        population: Annotated[int, Ge(2)] | None = None,
+        sigma: Annotated[float, Gt(0), Le(1)] = 0.3,
         weights: Sequence[float] | None = None,
-        rho: float = 0.05,
+        rho: Annotated[float, Ge(0)] = 0.05,
     ) -> None:
         super().__init__(population or 4 + int(3 * math.log(problem.n_genes)))
         self._asked: deque[tuple[Any, list[NDArray[np.float64]]]] = deque()
@@ -51,8 +52,8 @@ class CmaEs(Batched):
         self._weights /= self._weights.sum()
         self._rho, self._sigma = rho, sigma
         self._rng = np.random.default_rng(problem.seed)
-        mean = np.mean(problem.starts, axis=0) if problem.starts else np.full(problem.n_genes, 0.5)
-        self._es = self._start(mean)
+        best = min(problem.starts, key=lambda start: self.scalarise(start.outcome), default=None)
+        self._es = self._start(np.full(problem.n_genes, 0.5) if best is None else best.genome)
 
     def ask_batch(self) -> list[Genome]:
         """See Batched."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Ge
 
 from evo.optimizers import Outcome, SearchProblem
 from search_spaces.genes import Genome
@@ -15,7 +18,7 @@ class LineSweep:
         ValueError: if the space does not contain the line between its base and its donor.
     """
 
-    def __init__(self, problem: SearchProblem, *, points: int = 21) -> None:
+    def __init__(self, problem: SearchProblem, *, points: Annotated[int, Ge(2)] = 21) -> None:
         if problem.corners is None:
             raise ValueError("line_sweep needs a space that holds the line between two parents: use space 'line'")
         self.batch_size = points

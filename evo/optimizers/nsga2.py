@@ -8,9 +8,10 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 
 from evo.optimizers import Outcome, SearchProblem
 from evo.optimizers.batched import Batched
@@ -32,10 +33,10 @@ class Nsga2(Batched):
         self,
         problem: SearchProblem,
         *,
-        population: int = 24,
-        mutation: float | None = None,
-        crossover: float = 0.9,
-        eta: float = 2.0,
+        population: Annotated[int, Ge(2)] = 24,
+        mutation: Annotated[float, Ge(0), Le(1)] | None = None,
+        crossover: Annotated[float, Ge(0), Le(1)] = 0.9,
+        eta: Annotated[float, Gt(0)] = 2.0,
     ) -> None:
         import optuna
 
@@ -56,7 +57,7 @@ class Nsga2(Batched):
         self._study = optuna.create_study(directions=["minimize"] * n_objectives, sampler=sampler)
         self._names = [f"{i:05d}" for i in range(problem.n_genes)]
         for start in problem.starts[:population]:
-            self._study.enqueue_trial(dict(zip(self._names, map(float, start), strict=True)))
+            self._study.enqueue_trial(dict(zip(self._names, map(float, start.genome), strict=True)))
 
     def ask_batch(self) -> list[Genome]:
         """See Batched."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Ge
 
 from evo.optimizers import Outcome, SearchProblem
 from search_spaces.genes import Genome
@@ -11,7 +14,7 @@ from search_spaces.genes import Genome
 class RandomSearch:
     """Each gene uniform in [0, 1], independently."""
 
-    def __init__(self, problem: SearchProblem, *, population: int = 16) -> None:
+    def __init__(self, problem: SearchProblem, *, population: Annotated[int, Ge(1)] = 16) -> None:
         self.batch_size = population
         self._n_genes = problem.n_genes
         self._rng = np.random.default_rng(problem.seed)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -35,6 +36,9 @@ class TransformersEngine:
         device: "auto" takes a GPU where there is one.
         batch_size: prompts decoded together. Greedy text depends on it, so it is fixed for a run.
         options: passed on to from_pretrained (attn_implementation, experts_implementation, ...).
+
+    Raises:
+        ValueError: if the device is not there, or nothing names a stop token.
     """
 
     capabilities = frozenset({"generate"})
@@ -43,14 +47,16 @@ class TransformersEngine:
         self,
         checkpoint: str,
         *,
-        dtype: str = "bfloat16",
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         device: str = "auto",
-        batch_size: int = 32,
+        batch_size: Annotated[int, Ge(1)] = 32,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here: use 'auto' or 'cpu'")
         self._batch_size = batch_size
         logging.disable_progress_bar()
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -18,11 +18,15 @@ import re
 import zlib
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from fitness.graders import grade, same_number
 from fitness.splits import SHARES, take
 from fitness.types import Completion, Problem, Split, Verdict
+
+Size = Annotated[int, Ge(1), Le(100_000)]
 
 MODULUS = 100
 MULTIPLY_RATE = 0.25
@@ -37,10 +41,10 @@ class Arithmetic:
         seed: of the problems and of their split.
     """
 
-    def __init__(self, *, search: int = 256, reserve: int = 256, held_out: int = 512, seed: int = 0) -> None:
+    def __init__(
+        self, *, search: Size = 256, reserve: Size = 256, held_out: Size = 512, seed: Annotated[int, Ge(0)] = 0
+    ) -> None:
         self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
-        if bad := [f"{split}: {size}" for split, size in self._sizes.items() if not 1 <= size <= 100_000]:
-            raise ValueError(f"expected 1 to 100,000 problems a split, got {', '.join(bad)}")
         self._seed = seed
 
     def problems(self, split: Split) -> list[Problem]:

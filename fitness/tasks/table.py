@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from fitness.graders import GRADERS, grade
 from fitness.splits import take
 from fitness.types import Completion, Problem, Split, Verdict
+
+Size = Annotated[int, Ge(1)]
 
 
 class Table:
@@ -42,10 +46,10 @@ class Table:
         subset: str = "train",
         template: str = "{question}",
         grader: str = "number",
-        search: int | None = None,
-        reserve: int | None = None,
-        held_out: int | None = None,
-        seed: int = 0,
+        search: Size | None = None,
+        reserve: Size | None = None,
+        held_out: Size | None = None,
+        seed: Annotated[int, Ge(0)] = 0,
     ) -> None:
         if "{question}" not in template:
             raise ValueError(f"template: expected a text with {{question}} in it, got {template!r}")

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -25,8 +26,8 @@ import filelock
 
 from evo.config import Tracking
 from evo.ledger import Ledger
-from evo.replay import Offset, Replay, Report, Target
 from evo.run_folder import is_held
+from evo.tracking.replay import Offset, Replay, Report, Target
 
 STORE_FILE, LOG_FILE, LOCK_FILE = "mlflow.db", "tracker.log", "tracker.lock"
 DRAIN_SECONDS = 45.0
@@ -72,7 +73,8 @@ def how_to_look(folder: Path, uri: str | None = None) -> str:
     page = "" if offset is None else offset.page
     if uri and uri.startswith("http"):
         return uri.rstrip("/") + page
-    return f"mlflow ui --backend-store-uri {uri or default_uri(folder)}   then open http://127.0.0.1:5000{page}"
+    store = shlex.quote(uri or default_uri(folder))
+    return f"mlflow ui --backend-store-uri {store}   then open http://127.0.0.1:5000{page}"
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def _start(folder: Path, uri: str | None, experiment: str, mode: str) -> subproc
     try:
         with open(folder / LOG_FILE, "ab") as errors:
             return subprocess.Popen(
-                [sys.executable, "-m", "evo.tracker", str(folder.resolve()), mode],
+                [sys.executable, "-m", "evo.tracking.tracker", str(folder.resolve()), mode],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if mode == "sync" else subprocess.DEVNULL,
                 stderr=errors,
@@ -147,8 +149,9 @@ def _finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """The process: `python -m evo.tracker RUN_DIR follow|sync`, the target in the environment."""
+    """The process: `python -m evo.tracking.tracker RUN_DIR follow|sync`, the target in the environment."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries end in an exception that is logged
     with contextlib.suppress(OSError):
         os.nice(10)  # the search has the cores
     folder, mode = Path(sys.argv[1]), sys.argv[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evo.config import Config
 from evo.front import Row
-from evo.generations import TOLERANCE, Record
+from evo.tracking.generations import TOLERANCE, Record
 from evo.types import Status
 from fitness.types import Split
 

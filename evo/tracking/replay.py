@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from evo.config import Config
 from evo.front import Row
-from evo.generations import Record
 from evo.ledger import Ledger
+from evo.tracking.generations import Record
 from search_spaces.recipe import Recipe
 
 if TYPE_CHECKING:
-    from evo.mlflow_store import MlflowStore
+    from evo.tracking.mlflow_store import MlflowStore
 
 OFFSET_FILE = "tracker.json"
 
@@ -118,7 +118,9 @@ class Replay:
         return self._report
 
     def _replay(self, record: Record, meta: dict[str, Any], seq: int, running: bool) -> Report:
-        from evo.mlflow_store import MlflowStore  # draws: a search that only follows should not load matplotlib
+        from evo.tracking.mlflow_store import (
+            MlflowStore,  # draws: a search that only follows should not load matplotlib
+        )
 
         config = Config.model_validate(meta["config"])
         if self._store is None:

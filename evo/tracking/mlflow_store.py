@@ -20,9 +20,9 @@ import yaml
 
 from evo.config import Config
 from evo.front import Row
-from evo.generations import Generation, Record
-from evo.overview import member_page, overview, samples_page
 from evo.picture import front_pixels
+from evo.tracking.generations import Generation, Record
+from evo.tracking.overview import member_page, overview, samples_page
 from fitness.types import Split
 from search_spaces.recipe import Recipe
 
