@@ -32,7 +32,7 @@ def della(
     lambda_: float,
     elect: bool = False,
 ) -> Tensor:
-    """Base + lambda * sum_d w_d m_d tau_d / k_d, m_d ~ Bernoulli(k_d) (MAGPRUNE, section 3.1 of the paper).
+    """Base + lambda * sum_d w_d m_d tau_d / k_d, m_d ~ Bernoulli(k_d) (the paper's MAGPRUNE).
 
     The chance to be kept is k = density - epsilon + 2 epsilon r, with r in [0, 1] the rank of |tau| in its row.
     Epsilon is narrowed to min(density, 1 - density), which keeps k in [0, 1] and its mean at the density.

@@ -17,7 +17,7 @@ from evo.merge.task_vectors import at_least_something, elected_sign, total_of, w
 def sce(
     donors: Sequence[Tensor], base: Tensor, coefficients: Sequence[float], *, stats: Stats, select_topk: float
 ) -> Tensor:
-    """Base + sum_d c_d eta_d tau'_d / sum_d eta_d, over the donors whose sign is elected (section 3.2).
+    """Base + sum_d c_d eta_d tau'_d / sum_d eta_d, over the donors whose sign is elected.
 
     1. Select: tau' keeps the share `select_topk` of the elements that varies most between the donors.
     2. Calculate: eta_d = sum(tau'_d^2) / sum_e sum(tau'_e^2).

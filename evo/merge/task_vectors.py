@@ -70,7 +70,7 @@ def fuse(
 
 
 def elected_sum(weighted: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """The disjoint merge of TIES (arXiv 2306.01708, section 3): per element the sign with the larger weighted
+    """The disjoint merge of TIES (arXiv 2306.01708): per element the sign with the larger weighted
     mass wins, plus at a draw, and only the donors of that sign are summed (or averaged).
 
     Args:
