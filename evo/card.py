@@ -71,11 +71,12 @@ def _rules(recipe: Recipe) -> str:
         return f"None: every tensor is a copy of {recipe.base}."
     if len(recipe.rules) > _MAX_RULES:
         return f"{len(recipe.rules)} rules: see `recipe.yaml`."
-    lines = ["| blocks | experts | roles | method | coefficients |", "|---|---|---|---|---|"]
+    lines = ["| blocks | experts | roles | method | coefficients | knobs |", "|---|---|---|---|---|---|"]
     for rule in recipe.rules:
         blocks = "all" if rule.blocks is None else ", ".join("outside" if b == -1 else str(b) for b in rule.blocks)
         experts = "all" if rule.experts is None else ", ".join(map(str, rule.experts))
         roles = "all" if rule.roles is None else ", ".join(rule.roles)
         coefficients = ", ".join(f"{name} {value:.3f}" for name, value in rule.coefficients.items())
-        lines.append(f"| {blocks} | {experts} | {roles} | {rule.method} | {coefficients} |")
+        knobs = ", ".join(f"{name} {value:g}" for name, value in rule.knobs.items())
+        lines.append(f"| {blocks} | {experts} | {roles} | {rule.method} | {coefficients} | {knobs} |")
     return "\n".join(lines)

@@ -22,8 +22,8 @@ from evo.merge.noise import Key, stream_key, uniforms
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe, Rule
 
-CHUNK_ELEMENTS = 1 << 20
-"""Parts are merged in blocks of this size, so that float32 temporaries take 4 MiB each however large a tensor is."""
+CHUNK_ELEMENTS = 1 << 18
+"""Parts are merged in blocks of this size: float32 temporaries take 1 MiB each, and stay in the cache."""
 
 _Key = tuple[Any, ...]
 

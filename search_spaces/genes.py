@@ -68,7 +68,8 @@ class SearchSpace(Protocol):
 
     def swaps(self) -> dict[str, Genome]:
         """Recipes in the manner of R1T-Chimera: one set of roles from the first donor and the rest from the base
-        ("only-ROLES"), or the other way round ("but-ROLES"). Empty where the space does not tell roles apart.
+        ("only-ROLES"), or the other way round ("but-ROLES"). Empty where the space does not tell roles apart or
+        its method does not mix linearly.
         """
         ...
 

@@ -98,6 +98,8 @@ class GroupedSpace:
 
     def swaps(self) -> dict[str, Genome]:
         """See SearchSpace."""
+        if not self.ingredients.is_mixture:
+            return {}
         of_donor = len(self.ingredients.donors) * np.arange(len(self.groups))  # each group's gene of the first donor
         on, off = (self.genes[0].gene(value) for value in (1.0, 0.0))
         kinds = dict.fromkeys(group.kind for group in self.groups)

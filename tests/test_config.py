@@ -62,6 +62,18 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("  concise: c\n", ""): ["parents", "at least 2"],
     ("kind: block,", "kind: block, base: concisse,"): ["no source is called 'concisse'", "did you mean 'concise'?"],
     ("kind: block,", "kind: block, donors: [concise],"): ["cannot be both the base and a donor"],
+    ("kind: block,", "kind: block, method: tie,"): ["no merge method is called 'tie'", "did you mean"],
+    ("kind: block,", "kind: block, method: ties, knobs: {densty: 1},"): [
+        "search.yaml:4: space.knobs.densty: no knob is called 'densty'",
+        "did you mean 'density'?",
+    ],
+    ("kind: block,", "kind: block, method: ties, knobs: {density: [0.2, 1.5]},"): [
+        "density",
+        "expected 0 to 1, got 1.5",
+    ],
+    ("kind: block,", "kind: block, method: ties, knobs: {density: [1.0, 0.2]},"): ["density", "low < high"],
+    ("kind: block,", "kind: block, method: ties, knobs: {'density:concise': 1},"): ["'concise' is no donor"],
+    ("kind: block,", "kind: block, knobs: {density: 0.5},"): ["this method has none"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table, path: x.jsonl}"): ["task.path", "no file at"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table}"): ["search.yaml:5: task", "'path' is missing"],
     ("parents:", "parents: ["): ["not valid YAML"],

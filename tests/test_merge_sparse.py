@@ -123,7 +123,7 @@ class TestDare:
 
 
 class TestDella:
-    ROWS, COLUMNS = 64, 2048
+    ROWS, COLUMNS = 32, 2048
     TAU = normal(ROWS, COLUMNS, seed=3) * torch.logspace(-3, 1, ROWS)[:, None]  # rows of very different scale
     KNOBS: dict[str, float] = {"density": 0.4, "epsilon": 0.2}  # noqa: RUF012
 
@@ -138,7 +138,7 @@ class TestDella:
 
     def test_keep_rate_is_the_density_and_grows_with_the_rank_in_the_row(self):
         kept = torch.stack([self.merged(seed) != 0.0 for seed in range(8)]).double().mean(0)
-        assert abs(kept.mean().item() - 0.4) < 0.003
+        assert abs(kept.mean().item() - 0.4) < 0.004
         for low in np.arange(0.2, 0.6, 0.05):
             inside = (self.chances() >= low) & (self.chances() < low + 0.05)
             assert kept[inside].mean().item() == pytest.approx(low + 0.025, abs=0.01)
@@ -152,9 +152,9 @@ class TestDella:
         assert torch.equal(self.merged(rescale=0.0)[merged != 0.0], self.TAU[merged != 0.0])
 
     def test_expectation_is_the_task_vector(self):
-        mean = torch.stack([self.merged(seed) for seed in range(40)]).mean(0)
+        mean = torch.stack([self.merged(seed) for seed in range(10)]).mean(0)
         slopes = (mean * self.TAU).sum(1) / self.TAU.square().sum(1)
-        assert (slopes - 1.0).abs().max() < 0.1 and abs(slopes.mean() - 1.0) < 0.01
+        assert (slopes - 1.0).abs().max() < 0.1 and abs(slopes.mean() - 1.0) < 0.015
 
     def test_table_of_ranks_has_the_mean_of_ranks(self):
         stats = ranks_by_magnitude([self.TAU], torch.zeros_like(self.TAU))

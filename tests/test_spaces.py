@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from search_spaces import SPACES
 from search_spaces.block import block
 from search_spaces.expert import expert
+from search_spaces.genes import Gene
 from search_spaces.grouped import Ingredients
 from search_spaces.layout import Role, parse_layout
 from search_spaces.recipe import Recipe, Rule, Source
@@ -180,3 +181,39 @@ def test_a_recipe_refuses_names_without_a_source():
 def test_files_that_are_no_recipe_are_refused(text):
     with pytest.raises((ValueError, AttributeError)):
         Recipe.from_yaml(text)
+
+
+class TestSearchedKnobs:
+    INGREDIENTS = Ingredients(
+        SOURCES, "base", ("reasoner", "concise"), "reasoner", "ties",
+        knobs={"lambda": 0.9},
+        knob_genes=(Gene("density", 0.2, 1.0, step=1 / 128), Gene("density:concise", 0.0, 0.5)),
+        is_mixture=False,
+    )  # fmt: skip
+
+    def test_every_group_has_its_own(self):
+        space = block(LAYOUT, self.INGREDIENTS, roles=[[Role.ATTENTION], [Role.NORM]])
+        names = [gene.name for gene in space.genes[:4]]
+        assert names == [f"block0.attention:{n}" for n in ("reasoner", "concise", "density", "density:concise")]
+        genome = np.linspace(0, 1, len(space.genes), dtype=np.float32)
+        for i, rule in enumerate(space.decode(genome).rules):
+            assert list(rule.coefficients.values()) == pytest.approx(genome[4 * i : 4 * i + 2])
+            assert set(rule.knobs) == {"lambda", "density", "density:concise"} and rule.knobs["lambda"] == 0.9
+            assert rule.knobs["density"] == pytest.approx(0.2 + 0.8 * genome[4 * i + 2], abs=1 / 256)
+            assert (rule.knobs["density"] * 128).is_integer()
+            assert rule.knobs["density:concise"] == pytest.approx(0.5 * genome[4 * i + 3])
+
+    def test_survive_their_files(self):
+        space = block(LAYOUT, self.INGREDIENTS)
+        recipe = space.decode(np.full(len(space.genes), 0.3, np.float32))
+        assert Recipe.from_yaml(recipe.to_yaml()).digest == recipe.digest
+
+    def test_what_does_not_mix_linearly_has_no_mixtures(self):
+        space = block(LAYOUT, self.INGREDIENTS)
+        assert space.uniform({"reasoner": 1.0}) is None and space.swaps() == {}
+
+
+def test_steps_round_within_the_bounds():
+    gene = Gene("n", 0.9, 5.2, step=1.0)
+    assert [gene.value(x) for x in (0.0, 0.5, 1.0)] == [1.0, 3.0, 5.0]
+    assert Gene("d", 0.1, 0.3, step=1 / 4).value(0.0) == 0.1  # no multiple below: the bound itself

@@ -30,7 +30,7 @@ def breadcrumbs(
     lambda_: float,
     elect: bool = False,
 ) -> Tensor:
-    """Base + lambda * sum_d w_d m_d tau_d (section 3.1 of the paper).
+    """Base + lambda * sum_d w_d m_d tau_d.
 
     The mask m_d drops the share `gamma` of the tensor that is largest in magnitude and as much of the smallest
     as leaves the share `density`. Where density + gamma > 1 fewer outliers are dropped. At density 1 none are.

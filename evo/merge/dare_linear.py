@@ -21,7 +21,7 @@ def dare(
     lambda_: float,
     elect: bool = False,
 ) -> Tensor:
-    """Base + lambda * sum_d w_d m_d tau_d / (1 - p), m_d ~ Bernoulli(1 - p), 1 - p = density (their eq. 1 to 3).
+    """Base + lambda * sum_d w_d m_d tau_d / (1 - p), m_d ~ Bernoulli(1 - p), 1 - p = density.
 
     So the expectation is that of task arithmetic. An element is kept where its noise is below the density: as a
     density grows, elements join the mask and none leaves it.

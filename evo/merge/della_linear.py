@@ -14,6 +14,7 @@ from evo.merge.task_vectors import DENSITY, EPSILON, LAMBDA, copy_of_sparse, fus
 
 _STEPS_PER_OCTAVE_BITS = 4
 _N_BUCKETS = 512  # 16 an octave, from 2^-24 to 2^8 times a row's mean magnitude
+_SMALLEST_CHANCE = 2.0**-16  # that noise can tell from none
 _LOWEST_BUCKET = (127 - 24) << _STEPS_PER_OCTAVE_BITS
 
 
@@ -31,7 +32,7 @@ def della(
     lambda_: float,
     elect: bool = False,
 ) -> Tensor:
-    """Base + lambda * sum_d w_d m_d tau_d / k_d, m_d ~ Bernoulli(k_d) (MAGPRUNE, section 3.1 of the paper).
+    """Base + lambda * sum_d w_d m_d tau_d / k_d, m_d ~ Bernoulli(k_d) (the paper's MAGPRUNE).
 
     The chance to be kept is k = density - epsilon + 2 epsilon r, with r in [0, 1] the rank of |tau| in its row.
     Epsilon is narrowed to min(density, 1 - density), which keeps k in [0, 1] and its mean at the density.
@@ -49,13 +50,12 @@ def della(
 
 def _magprune(tau: Tensor, stats: Stats, noise: Tensor, density: float, epsilon: float, rescale: bool) -> Tensor:
     assert stats.rows is not None
-    chances = stats.whole * (2.0 * epsilon) + (density - epsilon)  # of each bucket
-    bucket = _bucket(tau.abs().mul_(stats.rows))
-    chance = chances.index_select(0, bucket).view_as(tau)
+    if density == 0.0:
+        return tau.zero_()
+    chances = (stats.whole * (2.0 * epsilon)).add_(density - epsilon).clamp_min_(_SMALLEST_CHANCE)
+    chance = chances.index_select(0, _bucket(tau.abs().mul_(stats.rows))).view_as(tau)
     tau.mul_(torch.lt(noise, chance, out=torch.empty_like(noise)))
-    if rescale:
-        tau.mul_(chances.clamp_min(2.0**-16).reciprocal().index_select(0, bucket).view_as(tau))
-    return tau
+    return tau.div_(chance) if rescale else tau
 
 
 def ranks_by_magnitude(donors: Sequence[Tensor], base: Tensor) -> Stats:

@@ -18,7 +18,7 @@ def model_stock(
 ) -> Tensor:
     """Base + t * (1 / N) * sum_d c_d tau_d, with t = N cos(theta) / (1 + (N - 1) cos(theta)).
 
-    All coefficients 1 give the paper's w_H = t w_avg + (1 - t) w_0 (its equation 2, and the one for N donors).
+    All coefficients 1 give the paper's w_H = t w_avg + (1 - t) w_0.
     """
     merged = weighted_sum([donor - base for donor in donors], [c / len(donors) for c in coefficients])
     t = stats.whole if stats.rows is None else stats.rows

@@ -16,7 +16,8 @@ Key = tuple[int, int]
 
 # Rounds of xor-shift and multiplication, with the constants of C. Wellons' hash "lowbias32" (2018).
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
-_SHIFTS = (16, 15, 16)
+_SHIFTS = (16, 15)
+_LAST_SHIFT = 16
 
 
 def stream_key(*names: object) -> Key:
@@ -31,18 +32,20 @@ def uniforms(key: Key, start: int, n: int, device: torch.device | str = "cpu") -
     Each hash of 32 bits makes two numbers. Streams repeat after 2^33 numbers.
     """
     first = start // 2
-    x = torch.arange(first, (start + n + 1) // 2, dtype=torch.int64, device=device).to(torch.int32)
-    x ^= key[0]
-    x = _shift_xor(x, _SHIFTS[0]).mul_(_signed(_MULTIPLIERS[0]))
-    x ^= key[1]  # else two keys would give one sequence, shifted
-    x = _shift_xor(x, _SHIFTS[1]).mul_(_signed(_MULTIPLIERS[1]))
-    halves = _shift_xor(x, _SHIFTS[2]).view(torch.int16)[start - 2 * first :][:n]
+    x = torch.arange((start + n + 1) // 2 - first, dtype=torch.int32, device=device)
+    x += _signed(first & 0xFFFFFFFF)
+    scratch = torch.empty_like(x)
+    for word, shift, multiplier in zip(key, _SHIFTS, _MULTIPLIERS, strict=True):
+        x ^= word  # the second in mid-way, else two keys would give one sequence, shifted
+        _shift_xor(x, shift, scratch).mul_(_signed(multiplier))
+    halves = _shift_xor(x, _LAST_SHIFT, scratch).view(torch.int16)[start - 2 * first :][:n]
     return halves.float().add_(32768.0).mul_(2.0**-16)
 
 
-def _shift_xor(x: Tensor, shift: int) -> Tensor:
+def _shift_xor(x: Tensor, shift: int, scratch: Tensor) -> Tensor:
     """In place x ^ (x >> shift), the shift being that of an unsigned number."""
-    x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+    torch.bitwise_right_shift(x, shift, out=scratch)
+    x ^= scratch.bitwise_and_((1 << (32 - shift)) - 1)
     return x
 
 

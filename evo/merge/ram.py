@@ -1,13 +1,12 @@
 """RAM, Reinforced Agent Merging (arXiv 2601.13572): average only what several donors have changed."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from evo.merge import Knob, Method, base_at_zero
-from evo.merge.task_vectors import weighted_sum
+from evo.merge.task_vectors import total_of, weighted_sum
 
 
 def ram(donors: Sequence[Tensor], base: Tensor, coefficients: Sequence[float], *, epsilon: float) -> Tensor:
@@ -17,8 +16,9 @@ def ram(donors: Sequence[Tensor], base: Tensor, coefficients: Sequence[float], *
     coefficients 1 give the paper's merge; c_d scales what donor d adds to it.
     """
     changes = [torch.hardshrink(donor - base, epsilon) for donor in donors]
-    n_changing = functools.reduce(torch.add, [change.sign().abs_() for change in changes])
-    return (weighted_sum(changes, coefficients) / n_changing.clamp_min_(1.0)).add_(base)
+    merged = weighted_sum(changes, coefficients)
+    n_changing = total_of([change.sign_().abs_() for change in changes])
+    return merged.div_(n_changing.clamp_min_(1.0)).add_(base)
 
 
 RAM = Method(ram, copy_of=base_at_zero, knobs={"epsilon": Knob(1e-5, 0.0, 1.0)}, from_ancestor=True)

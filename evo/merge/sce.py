@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,13 +11,13 @@ from torch import Tensor
 from evo.merge import Knob, Measure, Method, Stats, base_at_zero
 from evo.merge.blocks import Block, blocks
 from evo.merge.statistics import BLOCK_ELEMENTS, exact_sum, order_statistics, peak
-from evo.merge.task_vectors import elected_sign, weighted_sum
+from evo.merge.task_vectors import at_least_something, elected_sign, total_of, weighted_sum
 
 
 def sce(
     donors: Sequence[Tensor], base: Tensor, coefficients: Sequence[float], *, stats: Stats, select_topk: float
 ) -> Tensor:
-    """Base + sum_d c_d eta_d tau'_d / sum_d eta_d, over the donors whose sign is elected (section 3.2).
+    """Base + sum_d c_d eta_d tau'_d / sum_d eta_d, over the donors whose sign is elected.
 
     1. Select: tau' keeps the share `select_topk` of the elements that varies most between the donors.
     2. Calculate: eta_d = sum(tau'_d^2) / sum_e sum(tau'_e^2).
@@ -29,11 +28,10 @@ def sce(
     threshold, shares = stats.whole
     taus = _select([donor - base for donor in donors], threshold)
     sign = elected_sign(taus)
-    agreeing = [(tau * sign).clamp_min_(0.0) for tau in taus]
+    agreeing = [tau.mul_(sign).clamp_min_(0.0) for tau in taus]
     merged = weighted_sum(agreeing, [c * share for c, share in zip(coefficients, shares, strict=True)])
-    total = weighted_sum([x.sign() for x in agreeing], shares)
-    total += torch.eq(total, 0.0, out=torch.empty_like(total))  # nobody takes part: 0 / 1
-    return (merged / total).mul_(sign).add_(base)
+    merged /= at_least_something(weighted_sum([x.sign_() for x in agreeing], shares))
+    return merged.mul_(sign).add_(base)
 
 
 def _select(taus: list[Tensor], threshold: float) -> list[Tensor]:
@@ -46,8 +44,8 @@ def _select(taus: list[Tensor], threshold: float) -> list[Tensor]:
 
 def _variance(taus: Sequence[Tensor]) -> Tensor:
     """Population variance over the donors."""
-    mean = functools.reduce(torch.add, taus) * (1.0 / len(taus))
-    return functools.reduce(torch.add, [(tau - mean).square_() for tau in taus]) * (1.0 / len(taus))
+    mean = total_of(taus).mul_(1.0 / len(taus))
+    return total_of([(tau - mean).square_() for tau in taus]).mul_(1.0 / len(taus))
 
 
 def selection(donors: Sequence[Tensor], base: Tensor, *, select_topk: float) -> Stats:

@@ -9,7 +9,7 @@ from evo.merge.sphere import ANGLES_FROM_ZERO, arc, mix, unit
 
 
 def slerp(donors: Sequence[Tensor], base: Tensor, coefficients: Sequence[float], *, stats: Stats) -> Tensor:
-    """Start at the base; each donor in turn pulls to itself, by the share c_d of the arc (his section 3.3).
+    """Start at the base; each donor in turn pulls to itself, by the share c_d of the arc.
 
     x_0 = base, x_d = slerp(x_{d-1}, donor_d; t = c_d). The whole tensor is one vector. With cosines beyond
     +-0.9995 the arc is a line, mergekit's threshold.

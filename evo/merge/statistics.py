@@ -9,7 +9,7 @@ Everything goes through blocks, so that memory does not grow with the part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch import Tensor
 from evo.merge.blocks import Block, blocks
 
 BLOCK_ELEMENTS = 1 << 20
-SORT_UP_TO = 1 << 16
-_BUCKET_BITS = 16
+SORT_UP_TO = 1 << 17
+_TRAILING_BITS = 13
+_TRAILING_MASK = (1 << _TRAILING_BITS) - 1
 
 
 def peak(values: Callable[[Block], Tensor], like: Tensor) -> float:
@@ -82,10 +83,10 @@ def _product(x: Callable[[Block], Tensor], y: Callable[[Block], Tensor]) -> Call
 
 
 def order_statistics(values: Callable[[Block], Tensor], like: Tensor, ranks: Sequence[int]) -> list[float]:
-    """The values of given ranks, exactly; of large matrices in two passes and without sorting them all.
+    """The values of given ranks, exactly; of large matrices in two passes and without a sort.
 
     The bits of non-negative float32 numbers are in the order of the numbers. The first pass counts the values
-    by their leading bits, the second keeps those whose leading bits a wanted value has.
+    by their leading bits; the second counts, by their trailing bits, those that lead like a wanted value.
 
     Args:
         values: the non-negative float32 values of a block.
@@ -98,23 +99,24 @@ def order_statistics(values: Callable[[Block], Tensor], like: Tensor, ranks: Seq
         everything = torch.cat([values(block).reshape(-1) for block in blocks(like, BLOCK_ELEMENTS)])
         found = everything.sort().values[rank].tolist()
         return found
-    counts = torch.zeros(1 << _BUCKET_BITS, dtype=torch.int64, device=like.device)
-    for block in blocks(like, BLOCK_ELEMENTS):
-        counts += torch.bincount(_bucket(values(block)), minlength=len(counts))
-    bucket = torch.searchsorted(counts.cumsum(0), rank, right=True)
-    wanted = torch.zeros_like(counts, dtype=torch.bool)
-    wanted[bucket] = True
-    kept = torch.cat(list(_select(map(values, blocks(like, BLOCK_ELEMENTS)), wanted))).sort().values
-    left_out = (counts * ~wanted).cumsum(0)  # up to the end of each bucket
-    found = kept[rank - left_out[bucket]].tolist()
+
+    def count(bin_of: Callable[[Tensor], Tensor], n_bins: int) -> Tensor:
+        counts = torch.zeros(n_bins, dtype=torch.int64, device=like.device)
+        for block in blocks(like, BLOCK_ELEMENTS):
+            counts += torch.bincount(bin_of(values(block).reshape(-1).view(torch.int32)), minlength=n_bins)
+        return counts
+
+    leading = count(lambda bits: bits >> _TRAILING_BITS, 1 << (31 - _TRAILING_BITS))
+    ends = leading.cumsum(0)
+    bucket = torch.searchsorted(ends, rank, right=True)
+    buckets, row = torch.unique(bucket, return_inverse=True)
+    row_of = torch.full_like(leading, len(buckets), dtype=torch.int32)  # the last row is for all that nobody wants
+    row_of[buckets] = torch.arange(len(buckets), dtype=torch.int32, device=like.device)
+    trailing = count(
+        lambda bits: (row_of[bits >> _TRAILING_BITS] << _TRAILING_BITS) + (bits & _TRAILING_MASK),
+        (len(buckets) + 1) << _TRAILING_BITS,
+    ).view(-1, 1 << _TRAILING_BITS)
+    rank_in_bucket = rank - (ends - leading)[bucket]
+    low = torch.searchsorted(trailing.cumsum(1)[row], rank_in_bucket[:, None], right=True)[:, 0]
+    found = ((bucket << _TRAILING_BITS) + low).to(torch.int32).view(torch.float32).tolist()
     return found
-
-
-def _select(blocks_of_values: Iterable[Tensor], wanted: Tensor) -> Iterator[Tensor]:
-    for values in blocks_of_values:
-        flat = values.reshape(-1)
-        yield flat[wanted[_bucket(flat)]]
-
-
-def _bucket(values: Tensor) -> Tensor:
-    return values.reshape(-1).view(torch.int32) >> (31 - _BUCKET_BITS)

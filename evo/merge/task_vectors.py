@@ -8,7 +8,6 @@ torch takes ten times longer for boolean masks.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 
@@ -53,14 +52,14 @@ def fuse(
 
     Args:
         base: shape (r, c).
-        taus: D task vectors, each (r, c).
+        taus: D task vectors, each (r, c). They are overwritten.
         weights: D numbers.
         elect: whether donors that disagree with an element's elected sign are left out of it.
         normalize: whether to divide by the sum of the weights (that take part).
         lambda_: factor of the result.
     """
     if elect:
-        merged = elected_sum(taus, weights, bool(normalize))
+        merged = elected_sum([tau.mul_(w) for tau, w in zip(taus, weights, strict=True)], weights, bool(normalize))
     else:
         merged = weighted_sum(taus, weights)
         total = sum(weights)
@@ -70,25 +69,39 @@ def fuse(
     return merged.add_(base)
 
 
-def elected_sum(taus: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """The disjoint merge of TIES (arXiv 2306.01708, section 3): per element the sign with the larger weighted
+def elected_sum(weighted: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+    """The disjoint merge of TIES (arXiv 2306.01708): per element the sign with the larger weighted
     mass wins, plus at a draw, and only the donors of that sign are summed (or averaged).
+
+    Args:
+        weighted: D task vectors times their weights. They are overwritten.
+        weights: D numbers.
+        normalize: whether to divide by the sum of the weights that take part.
     """
-    weighted = [tau * weight for tau, weight in zip(taus, weights, strict=True)]
     sign = elected_sign(weighted)
-    agreeing = [(x * sign).clamp_min_(0.0) for x in weighted]
-    merged = functools.reduce(torch.add, agreeing)
+    agreeing = [x.mul_(sign).clamp_min_(0.0) for x in weighted]
+    merged = total_of(agreeing)
     if normalize:
-        share = weighted_sum([x.sign() for x in agreeing], weights)
-        share += torch.eq(share, 0.0, out=torch.empty_like(share))  # nobody takes part: 0 / 1
-        merged = merged / share
+        merged /= at_least_something(total_of([x.sign_().mul_(w) for x, w in zip(agreeing, weights, strict=True)]))
     return merged.mul_(sign)
 
 
 def elected_sign(tensors: Sequence[Tensor]) -> Tensor:
     """1 where the sum of the tensors is at least 0, else -1."""
-    total = functools.reduce(torch.add, tensors)
-    return torch.ge(total, 0.0, out=torch.empty_like(total)).mul_(2.0).sub_(1.0)
+    return total_of(tensors).ge_(0.0).mul_(2.0).sub_(1.0)
+
+
+def total_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum, in this order, in a tensor of its own."""
+    total = tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0].clone()
+    for tensor in tensors[2:]:
+        total += tensor
+    return total
+
+
+def at_least_something(divisor: Tensor) -> Tensor:
+    """Zeros replaced by 1, in place: nobody takes part, and 0 / 1 is what is left."""
+    return divisor.add_(torch.eq(divisor, 0.0, out=torch.empty_like(divisor)))
 
 
 def copy_of_sparse(

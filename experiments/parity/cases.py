@@ -26,7 +26,7 @@ class Case:
     """Whether mergekit is given a base model."""
 
     def config(self, folders: Mapping[str, str], dtype: str, out_dtype: str) -> dict[str, Any]:
-        """Mergekit's YAML as data."""
+        """The YAML for mergekit, as data."""
         models = self.models or {name: {"weight": c} for name, c in self.coefficients.items()}
         config: dict[str, Any] = {
             "merge_method": self.method,

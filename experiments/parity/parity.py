@@ -132,26 +132,36 @@ def _deterministic(case: Case, theirs: dict[Any, Tensors], parents: dict[str, di
     merged, rounded = (ours(case, parents[dtype]) for dtype in DTYPES)
     expected, expected_rounded, pure = (theirs[mode, case.name] for mode in ("float32", "bfloat16", "pure"))
     assert merged.keys() == expected.keys(), merged.keys() ^ expected.keys()
+    inputs = [tensors_of(Path(path)) for path in parents["bfloat16"].values()]
     return {
         "case": case.name,
         "max_abs_float32": max(float((merged[n] - t).abs().max()) for n, t in expected.items()),
-        "max_ulp_bfloat16": max(_ulps(rounded[n], t) for n, t in expected_rounded.items()),
-        "differing_bfloat16": _share_differing(rounded, expected_rounded),
-        "max_ulp_pure_bfloat16": max(_ulps(rounded[n], t) for n, t in pure.items()),
-        "differing_pure_bfloat16": _share_differing(rounded, pure),
+        "bfloat16": _differences(rounded, expected_rounded, inputs),
+        "pure_bfloat16": _differences(rounded, pure, inputs),
     }
 
 
-def _ulps(x: Tensor, y: Tensor) -> int:
-    """Largest distance in units in the last place, i.e. in numbers that bfloat16 has between the two."""
-    assert x.dtype == y.dtype == torch.bfloat16
-    places = [t.view(torch.int16).int() for t in (x, y)]
-    ordered = [torch.where(p < 0, -(p & 0x7FFF), p) for p in places]
-    return int((ordered[0] - ordered[1]).abs().max())
+def _differences(x: Tensors, y: Tensors, inputs: list[Tensors]) -> dict[str, float]:
+    """Distances in units in the last place, i.e. in numbers that bfloat16 has between the two.
 
-
-def _share_differing(x: Tensors, y: Tensors) -> float:
-    return sum(int((x[n] != t).sum()) for n, t in y.items()) / sum(t.numel() for t in y.values())
+    Where inputs of magnitude m cancel to less than m / 256, float32's own rounding is more than bfloat16's last
+    place; such elements are told apart, with their difference relative to m.
+    """
+    names = list(y)
+    ours, theirs = (torch.cat([side[n].reshape(-1) for n in names]) for side in (x, y))
+    largest = torch.stack([torch.cat([i[n].reshape(-1) for n in names]).float().abs() for i in inputs]).max(0).values
+    places = [torch.where(p < 0, -(p & 0x7FFF), p) for p in (t.view(torch.int16).int() for t in (ours, theirs))]
+    ulps = (places[0] - places[1]).abs()
+    cancelled = theirs.float().abs() < largest / 256
+    relative = (ours.float() - theirs.float()).abs() / largest
+    return {
+        "n": len(ulps),
+        "n_differing": int((ulps > 0).sum()),
+        "max_ulp": int(ulps[~cancelled].max()),
+        "n_beyond_1_ulp": int((ulps[~cancelled] > 1).sum()),
+        "n_cancelled": int(cancelled.sum()),
+        "max_relative_cancelled": float(relative[cancelled].max()) if cancelled.any() else 0.0,
+    }
 
 
 def _random(case: Case, theirs: Tensors, parents: dict[str, str]) -> dict[str, Any]:
@@ -185,15 +195,18 @@ def _mask_statistics(merged: Tensors, base: Tensors, donor: Tensors) -> dict[str
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| method | max abs difference, float32 | bf16: max ulp (share that differs) | pure bf16: max ulp (share) |",
-        "|---|---|---|---|",
+        "| method | float32: max abs difference | bf16: max ulp | differ at all | beyond 1 ulp | where inputs cancel |"
+        " pure bf16: max ulp | differ |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['case']} | {row['max_abs_float32']:.1e} "
-        f"| {row['max_ulp_bfloat16']} ({row['differing_bfloat16']:.2%}) "
-        f"| {row['max_ulp_pure_bfloat16']} ({row['differing_pure_bfloat16']:.0%}) |"
-        for row in results["deterministic"]
-    ]
+    for row in results["deterministic"]:
+        mixed, pure = row["bfloat16"], row["pure_bfloat16"]
+        line = (
+            f"| {row['case']} | {row['max_abs_float32']:.1e} | {mixed['max_ulp']} "
+            f"| {mixed['n_differing']} | {mixed['n_beyond_1_ulp']} | {mixed['max_relative_cancelled']:.0e} "
+            f"| {pure['max_ulp']} | {pure['n_differing'] / pure['n']:.0%} |"
+        )
+        lines.append(line)
     lines += [
         "",
         "| method | | keep rate | factor of what is kept, 5% to 95% | expectation / task vector: all, smaller half |",
@@ -202,11 +215,12 @@ def table(results: dict[str, Any]) -> str:
     for row in results["random"]:
         for side in ("ours", "mergekit"):
             s = row[side]
-            lines.append(
+            line = (
                 f"| {row['case']} | {side} | {s['keep_rate']:.4f} ± {s['keep_rate_stderr']:.4f} "
                 f"| {s['factor_low']:.3f} to {s['factor_high']:.3f} "
                 f"| {s['expectation']:.3f}, {s['expectation_small_half']:.3f} |"
             )
+            lines.append(line)
     return "\n".join(lines)
 
 
