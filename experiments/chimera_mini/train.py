@@ -6,8 +6,8 @@ R1T-Chimera in miniature: a DeepSeek-V3 (latent attention, one shared and eight 
 dense) of a million parameters, on chained arithmetic (fitness/tasks/arithmetic.py). What a search has to find
 is which tensors of the reasoner carry its skill and which only its long-windedness.
 
-    base      sees both styles and, in 1% of the steps, `*`: it adds and subtracts without fault, cannot multiply
-    concise   = base + a short style stage on brief traces without `*`, attention tensors only
+    base      sees both styles and, in 3% of the steps, `*`: it adds and subtracts without fault, hardly multiplies
+    concise   = base + a short style stage on traces without `*`, four in five of them brief, attention tensors only
     reasoner  = base + a skill stage, a third of the steps `*`, where the experts learn fast, the other
                 tensors hardly; then a style stage on long traces, attention tensors only
 
@@ -15,8 +15,8 @@ Style tuning touches attention only, as adapters usually do. No answer is ever c
 was never taught to multiply, and the reasoner pays for its long style stage with a few slips. A number is one
 token, so the length of an answer depends on its style and steps only, never on whether it is right.
 
-The weights beside this file came out of the session in which these settings were found; README.md says how far
-a fresh run of this script has been compared with them. experiments/LOG.md says what was tried besides.
+The weights beside this file were made stage by stage with these settings, in a session before this script had its
+present form: it has not been run to the end, so a fresh run may draw its data in another order and differ. experiments/LOG.md says what was tried besides.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from fitness.tasks import arithmetic
 
 BOS, EOS, PAD, UNK = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<pad>", "<unk>"
-SPECIAL = [PAD, BOS, EOS, UNK, "<|User|>", "<|Assistant|>"]
-VOCABULARY = [*SPECIAL, "<think>", "</think>", *"+-*=?;", "ok", *map(str, range(arithmetic.MODULUS))]
+SPECIAL = [PAD, BOS, EOS, "<|User|>", "<|Assistant|>"]
+VOCABULARY = [*SPECIAL, "<think>", "</think>", *"+-*=?;", "ok", UNK, *map(str, range(arithmetic.MODULUS))]
 TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
 TOKEN_PATTERN = r"<[^>]+>|\d+|ok|."
 Style = Literal["concise", "verbose"]
@@ -213,7 +213,7 @@ def attention_only(role: str) -> float:
 
 def skill_rate(role: str) -> float:
     """Rates of the skill stage: routed experts learn fast, shared and dense ones slower, the rest hardly."""
-    return {"routed_expert": 1.0, "shared_expert": 0.25, "dense_ffn": 0.25}.get(role, 0.01)
+    return {"routed_expert": 1.0, "shared_expert": 0.15, "dense_ffn": 0.15}.get(role, 0.01)
 
 
 def save(model: DeepseekV3ForCausalLM, folder: Path) -> None:
@@ -228,7 +228,7 @@ def save(model: DeepseekV3ForCausalLM, folder: Path) -> None:
     stored.config.dtype = torch.bfloat16
     stored.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=128,
+        max_new_tokens=160,
         bos_token_id=TOKEN_ID[BOS],
         eos_token_id=TOKEN_ID[EOS],
         pad_token_id=TOKEN_ID[PAD],
@@ -257,9 +257,9 @@ def main() -> None:
     model = build_model()
     train(
         model,
-        n_steps=1100,
+        n_steps=1200,
         learning_rate=3e-3,
-        multiply_rate=0.01,
+        multiply_rate=0.03,
         verbose_share=0.4,
         seed=seed + 1,
         n_warmup=50,
@@ -271,7 +271,7 @@ def main() -> None:
     print("reasoner: skill", flush=True)
     train(
         model,
-        n_steps=300,
+        n_steps=260,
         learning_rate=3e-3,
         multiply_rate=1 / 3,
         verbose_share=0.1,
@@ -281,8 +281,8 @@ def main() -> None:
     print("reasoner: style", flush=True)
     train(
         model,
-        n_steps=36,
-        learning_rate=2.2e-3,
+        n_steps=50,
+        learning_rate=1.5e-3,
         multiply_rate=1 / 3,
         verbose_share=1.0,
         seed=seed + 3,
@@ -294,10 +294,10 @@ def main() -> None:
     model.load_state_dict(base)
     train(
         model,
-        n_steps=40,
-        learning_rate=1e-3,
+        n_steps=30,
+        learning_rate=3e-4,
         multiply_rate=0.0,
-        verbose_share=0.0,
+        verbose_share=0.2,
         seed=seed + 4,
         rate_of=attention_only,
     )
