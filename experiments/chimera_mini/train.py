@@ -15,8 +15,9 @@ Style tuning touches attention only, as adapters usually do. No answer is ever c
 was never taught to multiply, and the reasoner pays for its long style stage with a few slips. A number is one
 token, so the length of an answer depends on its style and steps only, never on whether it is right.
 
-The weights beside this file were made stage by stage with these settings, in a session before this script had its
-present form: it has not been run to the end, so a fresh run may draw its data in another order and differ. experiments/LOG.md says what was tried besides.
+The weights beside this file were made stage by stage with these settings, in a session before this script had
+its present form: it has not been run to the end, so a fresh run may draw its data in another order and differ.
+experiments/LOG.md says what was tried besides.
 """
 
 import argparse
