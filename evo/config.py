@@ -82,6 +82,15 @@ class SpaceConfig(_Component):
     def _method(cls, value: str) -> str:
         return _known(value, METHODS, "merge method")
 
+    @field_validator("knobs", mode="before")
+    @classmethod
+    def _knobs(cls, value: Any) -> Any:
+        for name, knob in value.items() if isinstance(value, dict) else ():
+            numbers = knob if isinstance(knob, list | tuple) and len(knob) == 2 else [knob]
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise ValueError(f"{name}: expected a number, or [low, high] to search between, got {knob!r}")
+        return value
+
 
 class TaskConfig(_Component):
     """What models are scored on. Further keys are options of the task."""

@@ -73,6 +73,8 @@ MISTAKES = {  # what is changed -> what the message must hold
     ],
     ("kind: block,", "kind: block, method: ties, knobs: {density: [1.0, 0.2]},"): ["density", "low < high"],
     ("kind: block,", "kind: block, method: ties, knobs: {'density:concise': 1},"): ["'concise' is no donor"],
+    ("kind: block,", "kind: block, method: ties, knobs: {density: wide},"): ["a number, or [low, high]", "'wide'"],
+    ("kind: block,", "kind: block, method: ties, knobs: {density: [1]},"): ["a number, or [low, high]", "[1]"],
     ("kind: block,", "kind: block, knobs: {density: 0.5},"): ["this method has none"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table, path: x.jsonl}"): ["task.path", "no file at"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table}"): ["search.yaml:5: task", "'path' is missing"],
@@ -114,3 +116,10 @@ def test_what_may_change_and_what_may_not(write):
         "optimizer.sigma: 0.2 when the run started, 0.3 now",
         "task.search: 32 when the run started, 33 now",
     ]
+
+
+def test_methods_on_task_vectors_start_from_the_ancestor_too(write):
+    text = GOOD.replace("{kind: block", "{kind: block, method: ties, knobs: {density: [0.2, 1.0], 'density:concise': 1}")
+    config = load_config(write(text + "base: b\n"))
+    assert (config.space_base, config.space.knobs) == ("base", {"density": (0.2, 1.0), "density:concise": 1.0})
+    assert changed_keys(config.model_dump(mode="json"), config.model_dump(mode="json")) == []
