@@ -119,7 +119,8 @@ def test_what_may_change_and_what_may_not(write):
 
 
 def test_methods_on_task_vectors_start_from_the_ancestor_too(write):
-    text = GOOD.replace("{kind: block", "{kind: block, method: ties, knobs: {density: [0.2, 1.0], 'density:concise': 1}")
+    knobs = "knobs: {density: [0.2, 1.0], 'density:concise': 1}"
+    text = GOOD.replace("{kind: block", f"{{kind: block, method: ties, {knobs}")
     config = load_config(write(text + "base: b\n"))
     assert (config.space_base, config.space.knobs) == ("base", {"density": (0.2, 1.0), "density:concise": 1.0})
     assert changed_keys(config.model_dump(mode="json"), config.model_dump(mode="json")) == []
