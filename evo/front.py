@@ -5,7 +5,7 @@ Membership is decided on the search split alone. Held-out scores are shown besid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,18 @@ def _assemble(evaluated: Sequence[Row], contenders: Sequence[Row], objectives: t
         scale=scale,
         hypervolume=scale.hypervolume([row.losses for row in members]) if scale and members else 0.0,
     )
+
+
+def spread(rows: Sequence[Row], limit: int) -> list[Row]:
+    """At most `limit` rows, evenly over all of them: what a table with little room shows."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def percent(scores: Mapping[str, Any]) -> str:
+    """Accuracy and its standard error of Row.to_dict(...), as tables write them."""
+    return f"{100 * scores['accuracy']:.1f} ± {100 * scores['accuracy_stderr']:.1f}"
 
 
 def _without_twins(rows: Sequence[Row]) -> list[Row]:

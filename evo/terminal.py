@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from evo.config import Budget
-from evo.front import Front, Row
+from evo.front import Front, Row, percent, spread
 from evo.history import History
 from evo.ledger import Ledger
 from evo.loop import Progress as Event
@@ -86,7 +85,7 @@ def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Ta
     columns += ["held-out %", "tokens", "drop"] if held_out else ["correct only"]
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for row in front.members if limit is None else _spread(front.members, limit):
+    for row in front.members if limit is None else spread(front.members, limit):
         table.add_row(*_cells(row, held_out), style="bold" if row.ask.origin == "search" else "")
     on_front = {row.ask.id for row in front.members}
     others = [row for row in (*front.parents, *front.baselines) if row.ask.id not in on_front]
@@ -181,21 +180,10 @@ def _line(event: Event, seconds: float) -> str:
 
 def _cells(row: Row, held_out: bool) -> list[str]:
     s, h = row.to_dict(Split.SEARCH), row.to_dict(Split.HELD_OUT)
-    cells = [str(row.ask.id), row.ask.name, _percent(s), f"{s['tokens_mean']:.1f}", f"{s['tokens_p90']:.0f}"]
+    cells = [str(row.ask.id), row.ask.name, percent(s), f"{s['tokens_mean']:.1f}", f"{s['tokens_p90']:.0f}"]
     cells.append(f"{100 * s['truncated']:.1f}")
     if not held_out:
         return [*cells, "-" if s["tokens_correct_mean"] is None else f"{s['tokens_correct_mean']:.1f}"]
     if h["accuracy"] is None:
         return [*cells, "-", "-", "-"]
-    return [*cells, _percent(h), f"{h['tokens_mean']:.1f}", f"{100 * (s['accuracy'] - h['accuracy']):+.1f}"]
-
-
-def _percent(scores: dict[str, Any]) -> str:
-    return f"{100 * scores['accuracy']:.1f} ± {100 * scores['accuracy_stderr']:.1f}"
-
-
-def _spread(members: tuple[Row, ...], limit: int) -> list[Row]:
-    """At most `limit` members, evenly over the front."""
-    if len(members) <= limit:
-        return list(members)
-    return [members[round(i * (len(members) - 1) / (limit - 1))] for i in range(limit)]
+    return [*cells, percent(h), f"{h['tokens_mean']:.1f}", f"{100 * (s['accuracy'] - h['accuracy']):+.1f}"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evo.config import Config
-from evo.front import Row
+from evo.front import Row, percent, spread
 from evo.tracking.generations import TOLERANCE, Record
 from evo.types import Status
 from fitness.types import Split
@@ -37,13 +37,13 @@ def overview(record: Record, config: Config, folder: Path, state: str) -> str:
         "",
     ]
     if front.members:
-        shown = _spread(front.members, _MAX_MEMBERS)
+        shown = spread(front.members, _MAX_MEMBERS)
         some = f", {len(shown)} of {len(front.members)} shown" if len(shown) < len(front.members) else ""
         lines += [f"### The front{some}", "", *_table(shown), ""]
     members = {row.ask.id for row in front.members}
     plain = [row for row in (*front.parents, *front.baselines) if row.ask.id not in members]
     if plain:
-        shown = _spread(plain, _MAX_MEMBERS)
+        shown = spread(plain, _MAX_MEMBERS)
         lines += ["### Parents and baselines that are not on it", "", *_table(shown), ""]
     return "\n".join(lines + _footer(folder))
 
@@ -54,7 +54,7 @@ def member_page(row: Row, folder: Path) -> str:
     for split in (Split.SEARCH, Split.HELD_OUT):
         found = row.to_dict(split)
         if found["accuracy"] is not None:
-            scores.append(f"{_percent(found)} % at {found['tokens_mean']:.1f} tokens ({split.replace('_', ' ')})")
+            scores.append(f"{percent(found)} % at {found['tokens_mean']:.1f} tokens ({split.replace('_', ' ')})")
     command = f"mergefront export {folder} --pick {row.ask.name} --out my-model"
     return f"On the front: {'; '.join(scores)}.\n\n```\n{command}\n```"
 
@@ -101,19 +101,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|:--|" + "--:|" * (len(head) - 1)]
     for row in rows:
         here, there = row.to_dict(Split.SEARCH), row.to_dict(Split.HELD_OUT)
-        cells = [row.ask.name, _percent(here), f"{here['tokens_mean']:.1f}", f"{100 * here['truncated']:.1f}"]
+        cells = [row.ask.name, percent(here), f"{here['tokens_mean']:.1f}", f"{100 * here['truncated']:.1f}"]
         if held_out:
-            cells += ["", ""] if there["accuracy"] is None else [_percent(there), f"{there['tokens_mean']:.1f}"]
+            cells += ["", ""] if there["accuracy"] is None else [percent(there), f"{there['tokens_mean']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _percent(scores: dict[str, float]) -> str:
-    return f"{100 * scores['accuracy']:.1f} ± {100 * scores['accuracy_stderr']:.1f}"
-
-
-def _spread(rows: Sequence[Row], limit: int) -> list[Row]:
-    """At most `limit` rows, evenly over all."""
-    if len(rows) <= limit:
-        return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
