@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+import hypothesis
 import pytest
 import torch
 from transformers import (
@@ -20,6 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
+
+# The same examples in every run; `pytest --hypothesis-profile default` draws new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 CHIMERA = Path(__file__).parent.parent / "experiments" / "chimera_mini"
 VOCABULARY = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "</think>", *"0123456789+-*=;?"]

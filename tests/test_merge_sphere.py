@@ -106,3 +106,12 @@ def test_a_single_task_vector_is_its_donor_at_any_weight(name):
     assert get_method(name).copy_of([0.3, 0.0], origin=0.0) is None
     base, donor, other = X + Y, 2 * Z, 3 * Y
     assert torch.allclose(merge(name, [donor, other], base, [0.3, 0.0], {"origin": 1.0}), donor, atol=1e-6)
+
+
+def test_karcher_of_numbers_of_both_signs_is_a_number():
+    # On a sphere of dimension 0 opposite directions have no arc between them, only rounding.
+    rng = np.random.default_rng(3347255)
+    for _ in range(200):
+        base, *donors = (torch.from_numpy(rng.standard_normal(1, dtype=np.float32)) for _ in range(4))
+        merged = merge("karcher", donors, base, [1.0, 1.0, 1.0], {"origin": 0.0, "max_iter": 1000, "tol": 0.1})
+        assert merged.isfinite().all()

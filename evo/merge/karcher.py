@@ -55,9 +55,11 @@ def _mean_direction(
         step = norm(tangent, g)
         if step < tol:
             break
-        mean = [math.cos(step) * m + math.sin(step) / step * t for m, t in zip(mean, tangent, strict=True)]
-        size = norm(mean, g)
-        mean = [x / size for x in mean]
+        moved = [math.cos(step) * m + math.sin(step) / step * t for m, t in zip(mean, tangent, strict=True)]
+        size = norm(moved, g)  # 1, but for a tangent that is all rounding: opposite directions have no arc
+        if size < 0.5:
+            break
+        mean = [x / size for x in moved]
     return mean
 
 
