@@ -10,13 +10,14 @@ import json
 import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from evo.encodings import EncodingError, Entry, Stored, TensorHeader, find_entries
 from search_spaces.layout import Layout, parse_layout
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,15 +35,6 @@ class CheckpointError(ValueError):
     """A checkpoint folder cannot be read, or does not fit its siblings."""
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a file says of a tensor before its bytes are read."""
-
-    dtype: str
-    """As safetensors writes it: "F32", "BF16", ..."""
-    shape: tuple[int, ...]
-
-
 class Checkpoint:
     """One checkpoint folder. Opening it reads headers only; tensors are read one by one, when asked for."""
 
@@ -51,7 +43,10 @@ class Checkpoint:
         self.weight_map = weight_map
         """Tensor name -> file name, in the order of the index."""
         self.headers = headers
+        """Of all tensors in the files: a tensor of the model may be stored as several, see `entries`."""
         self._handles: dict[str, Any] = {}
+        self.entries: dict[str, Entry] = self._find_entries()
+        """Tensor of the model -> how it is stored, in the order of the index."""
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -72,18 +67,40 @@ class Checkpoint:
             raise CheckpointError(_nothing_to_read(path))
         return cls(path, weight_map, _headers_of(path, weight_map))
 
-    @property
+    def _find_entries(self) -> dict[str, Entry]:
+        try:
+            return find_entries(self.headers, self.quantization)
+        except EncodingError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    @cached_property
     def layout(self) -> Layout:
         """Where each tensor sits."""
-        return parse_layout({name: header.shape for name, header in self.headers.items()})
+        return parse_layout({name: entry.shape for name, entry in self.entries.items()})
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor to the CPU in its stored dtype."""
-        file = self.weight_map[name]
+    def tensor(self, piece: str) -> torch.Tensor:
+        """Read one tensor of the files to the CPU, as it is."""
+        file = self.weight_map[piece]
         if file not in self._handles:
             self._handles[file] = safe_open(self.path / file, framework="pt")
-        tensor: torch.Tensor = self._handles[file].get_tensor(name)
+        tensor: torch.Tensor = self._handles[file].get_tensor(piece)
         return tensor
+
+    def stored(self, name: str) -> Stored:
+        """Read one tensor of the model to the CPU, in the bits of the files."""
+        entry = self.entries[name]
+        return Stored(entry.encoding, tuple(self.tensor(piece) for piece in entry.pieces))
+
+    def written_map(self) -> dict[str, str]:
+        """Name -> file of the tensors of a merge that is laid out in files as this checkpoint is."""
+        pieces = {e.name + suffix: e.pieces[0] for e in self.entries.values() for suffix in e.encoding.output.suffixes}
+        return {piece: self.weight_map.get(piece) or self.weight_map[first] for piece, first in pieces.items()}
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What config.json says of how weights are stored."""
+        found = self.config().get("quantization_config") if (self.path / "config.json").is_file() else None
+        return found or {}
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
@@ -115,17 +132,15 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
     problems: list[str] = []
     for name, other in others:
         problems += _config_differences(first_name, first, name, other)
-        missing = [t for t in first.headers if t not in other.headers]
-        extra = [t for t in other.headers if t not in first.headers]
+        missing = [t for t in first.entries if t not in other.entries]
+        extra = [t for t in other.entries if t not in first.entries]
         problems += [f"{t}: in {first_name}, not in {name}" for t in missing]
         problems += [f"{t}: in {name}, not in {first_name}" for t in extra]
-        for tensor in first.headers.keys() & other.headers.keys():
-            here, there = first.headers[tensor], other.headers[tensor]
+        for tensor in first.entries.keys() & other.entries.keys():
+            entries = (first.entries[tensor], other.entries[tensor])
+            here, there = (f"{entry.encoding.output} {list(entry.shape)}" for entry in entries)
             if here != there:
-                problems.append(
-                    f"{tensor}: {here.dtype} {list(here.shape)} in {first_name}, "
-                    f"{there.dtype} {list(there.shape)} in {name}"
-                )
+                problems.append(f"{tensor}: {here} in {first_name}, {there} in {name}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""

@@ -104,20 +104,21 @@ def _write_weights(tensors: Iterator[tuple[str, Tensor]], base: Checkpoint, fold
     """One file at a time. `tensors` comes in the order of the index, which may jump between files: a file is
     written as soon as it is complete.
     """
-    missing = dict.fromkeys(base.weight_map.values(), 0)
-    for file in base.weight_map.values():
+    weight_map = base.written_map()
+    missing = dict.fromkeys(weight_map.values(), 0)
+    for file in weight_map.values():
         missing[file] += 1
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file in missing}
     n_bytes = 0
     for name, tensor in tensors:
-        file = base.weight_map[name]
+        file = weight_map[name]
         waiting[file][name] = tensor.contiguous()
         n_bytes += tensor.numel() * tensor.element_size()
         if len(waiting[file]) == missing[file]:
             save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
     assert not waiting, "every tensor of every file has been streamed"
-    if set(base.weight_map.values()) != {SINGLE_FILE}:
-        index = {"metadata": {"total_size": n_bytes}, "weight_map": base.weight_map}
+    if set(weight_map.values()) != {SINGLE_FILE}:
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
 
 

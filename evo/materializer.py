@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from evo.checkpoint import Checkpoint, CheckpointError
+from evo.encodings import Stored, stack
 from evo.merge import Method, Stats, get_method
-from evo.merge.blocks import Block, as_matrix, blocks
+from evo.merge.blocks import Block, Operand
 from evo.merge.noise import Key, stream_key, uniforms
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe, Rule
@@ -98,13 +99,13 @@ class Materializer:
         first = next(iter(checkpoints.values()))
         self.layout: Layout = first.layout
         self._canonical = _tied_names(first)
-        if slots is not None and (homeless := [n for n in first.headers if n not in slots]):
+        if slots is not None and (homeless := [n for n in first.entries if n not in slots]):
             raise CheckpointError(
                 f"{len(homeless)} tensor(s) of the checkpoint have no place in the resident model: "
                 + ", ".join(homeless[:5])
             )
         self._device = torch.device(device)
-        self._resident: dict[tuple[str, str], Tensor] = {}  # (source, tensor) -> stored bits, on the device
+        self._resident: dict[tuple[str, str], Stored] = {}  # (source, tensor) -> its bits, on the device
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
 
@@ -125,7 +126,8 @@ class Materializer:
                 continue
             self._written.pop(part, None)  # if the copy fails half-way, the part is written again
             target = slot if part.row is None else slot[part.row]
-            target.copy_(self._part(part, job, slot.device, keep=True))
+            merged = self._part(part, job, slot.device, keep=True)
+            merged.encoding.decode(merged.pieces, target, CHUNK_ELEMENTS)
             self._written[part] = job.key
             n_written += 1
             written_bytes += target.numel() * target.element_size()
@@ -133,13 +135,15 @@ class Materializer:
 
     @torch.no_grad()
     def stream(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the merged checkpoint on the CPU, in its stored dtype, one at a time."""
-        rows: list[Tensor] = []
+        """Yield every tensor of the merged checkpoint's files on the CPU, as it is stored, one at a time."""
+        rows: list[Stored] = []
         assigned = list(self._assign(recipe, with_ties=True).items())
         for (part, job), following in zip(assigned, [*assigned[1:], None], strict=True):
-            rows.append(self._part(part, job, self._device, keep=False).cpu())
+            rows.append(self._part(part, job, self._device, keep=False).to("cpu"))
             if following is None or following[0].tensor != part.tensor:
-                yield part.tensor, rows[0] if part.row is None else torch.stack(rows)
+                merged = rows[0] if part.row is None else stack(rows)
+                for suffix, piece in zip(merged.encoding.suffixes, merged.pieces, strict=True):
+                    yield part.tensor + suffix, piece
                 rows = []
 
     def _assign(self, recipe: Recipe, with_ties: bool = False) -> dict[Part, _Job]:
@@ -156,30 +160,33 @@ class Materializer:
             if with_ties or part.tensor not in self._canonical
         }
 
-    def _part(self, part: Part, job: _Job, device: torch.device, keep: bool) -> Tensor:
-        """One part in its stored dtype: the same function for a slot and for an export."""
+    def _part(self, part: Part, job: _Job, device: torch.device, keep: bool) -> Stored:
+        """One part as it is stored: the same function for a slot and for an export."""
+        stored = [self._stored(name, part, device, keep) for name in job.sources]
         if job.method is None:
-            return self._stored(job.sources[0], part, device, keep)
-        tensors = [self._stored(name, part, device, keep) for name in job.sources]
-        base, *donors = (as_matrix(tensor) for tensor in tensors)
+            return stored[0].as_output(CHUNK_ELEMENTS)
+        method = job.method
+        base, *donors = (source.operand for source in stored)
         stats = self._measure(part, job, base, donors)
-        if job.method.copy_once_measured:
-            copied = job.method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
+        if method.copy_once_measured:
+            copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
             if copied is not None:
-                return tensors[copied]
-        merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
-        out, keys = as_matrix(merged), self._noise_keys(part, job)
-        for block in blocks(base, CHUNK_ELEMENTS):
+                return stored[copied].as_output(CHUNK_ELEMENTS)
+        keys = self._noise_keys(part, job)
+
+        def values(block: Block) -> Tensor:
             arguments = dict(job.arguments)
-            if job.method.measure:
+            if stats is not None:
                 arguments["stats"] = [s.at(block[0]) for s in stats] if isinstance(stats, list) else stats.at(block[0])
-            if job.method.random:
+            if method.random:
                 arguments["noise"] = [_noise(key, base, block) for key in keys]
             floats = [donor[block].float() for donor in donors]
-            out[block] = job.method.merge(floats, base[block].float(), job.coefficients, **arguments)
-        return merged
+            return method.merge(floats, base[block].float(), job.coefficients, **arguments)
 
-    def _measure(self, part: Part, job: _Job, base: Tensor, donors: list[Tensor]) -> Any:
+        output = stored[0].encoding.output
+        return Stored(output, output.encode(stored[0].shape, device, values, CHUNK_ELEMENTS))
+
+    def _measure(self, part: Part, job: _Job, base: Operand, donors: list[Operand]) -> Any:
         """What the job's method wants to know of the whole part; measured once, then remembered."""
         assert job.method is not None
         measure = job.method.measure
@@ -187,7 +194,7 @@ class Materializer:
             return None
         arguments = {name: job.arguments[name] for name in measure.knobs}
 
-        def stats(names: tuple[str, ...], tensors: list[Tensor], knobs: Mapping[str, float]) -> Stats:
+        def stats(names: tuple[str, ...], tensors: list[Operand], knobs: Mapping[str, float]) -> Stats:
             key = (measure.function, part, base.device, job.sources[0], names, measure.key(**knobs))
             if key not in self._stats:
                 self._stats[key] = measure.function(tensors, base, **knobs)
@@ -205,26 +212,26 @@ class Materializer:
         tensor = self._canonical.get(part.tensor, part.tensor)
         return [stream_key(job.seed, donor, tensor, part.row) for donor in job.sources[1:]]
 
-    def _stored(self, source: str, part: Part, device: torch.device, keep: bool) -> Tensor:
-        tensor = self._resident.get((source, part.tensor))
-        if tensor is None:
-            tensor = self._checkpoints[source].tensor(part.tensor).to(device)
+    def _stored(self, source: str, part: Part, device: torch.device, keep: bool) -> Stored:
+        stored = self._resident.get((source, part.tensor))
+        if stored is None:
+            stored = self._checkpoints[source].stored(part.tensor).to(device)
             if keep:
-                self._resident[source, part.tensor] = tensor
-        return tensor if part.row is None else tensor[part.row]
+                self._resident[source, part.tensor] = stored
+        return stored.row(part.row)
 
 
 def _tied_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Head -> embedding, where a checkpoint ties the two and yet stores both."""
     if not checkpoint.is_tied:
         return {}
-    names = list(checkpoint.headers)
+    names = list(checkpoint.entries)
     heads = [name for name in names if name.endswith("lm_head.weight")]
     embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
     return {heads[0]: embeddings[0]} if heads and embeddings else {}
 
 
-def _noise(key: Key, matrix: Tensor, block: Block) -> Tensor:
+def _noise(key: Key, matrix: Operand, block: Block) -> Tensor:
     """Uniform numbers for a block, numbered by the elements of the matrix."""
     rows, columns = block
     n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start

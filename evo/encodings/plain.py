@@ -1,0 +1,61 @@
+"""Numbers stored one by one: float32, float16, bfloat16 (and whatever else a checkpoint copies through)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evo.encodings import Entry, TensorHeader, Values, Watcher
+from evo.merge.blocks import Operand, as_matrix, blocks
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """See evo.encodings.Encoding."""
+
+    dtype: str
+    """As safetensors writes it."""
+
+    suffixes = ("",)
+
+    def __str__(self) -> str:
+        return self.dtype
+
+    @property
+    def output(self) -> Plain:
+        """See Encoding."""
+        return self
+
+    def shape(self, pieces: Sequence[Tensor]) -> tuple[int, ...]:
+        """See Encoding."""
+        return tuple(pieces[0].shape)
+
+    def operand(self, pieces: Sequence[Tensor]) -> Operand:
+        """See Encoding."""
+        return as_matrix(pieces[0])
+
+    def encode(
+        self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None
+    ) -> tuple[Tensor, ...]:
+        """See Encoding. Each number is rounded to the nearest; nobody is told."""
+        tensor = torch.empty(tuple(shape), dtype=DTYPES[self.dtype], device=device)
+        matrix = as_matrix(tensor)
+        for block in blocks(matrix, chunk):
+            matrix[block] = values(block)
+        return (tensor,)
+
+    def decode(self, pieces: Sequence[Tensor], target: Tensor, chunk: int) -> None:
+        """See Encoding."""
+        target.copy_(pieces[0])
+
+
+def find(headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any]) -> Iterator[Entry]:
+    """See evo.encodings.FINDERS. What is no float can be copied, but not merged."""
+    for name, header in headers.items():
+        yield Entry(name, header.shape, Plain(header.dtype))
