@@ -1,6 +1,7 @@
-"""Searches judged on 2,000 held-out problems, beside the 21-point line.
+"""Searches judged on 2,000 held-out problems, beside random search, the 21-point line and swaps of roles.
 
-A search starts from the best of parents, average and swaps of roles.
+A search knows none of the swaps (these roles from one parent, the rest from the other): it starts in the middle
+of the space, as one would whose parents nobody has taken apart yet. Random search has the same budget.
 
     python experiments/chimera_mini/proof.py [--out runs/proof] [--jobs 2]
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from multiprocessing import get_context
@@ -31,6 +33,8 @@ from fitness.types import Score, Split
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
+N_SWAPS = 16
+"""Only this role from the reasoner, and all but this role, for each of eight roles."""
 Z95 = 1.959964  # two-sided 95%
 
 
@@ -44,7 +48,11 @@ def config_of(name: str, folder: Path) -> Path:
     config["seed"] = int(seed or 0)
     if kind == "line":
         config |= {"space": {"kind": "line", "base": "concise"}, "optimizer": {"kind": "line_sweep", "points": 21}}
-        config["baselines"] = {"average": False, "swaps": False}
+    if kind == "swaps":
+        config["baselines"] = {"average": False, "swaps": True}
+        config["budget"] = {"candidates": N_SWAPS + 2}  # and the parents
+    if kind == "random":
+        config["optimizer"] = {"kind": "random"}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -52,11 +60,11 @@ def config_of(name: str, folder: Path) -> Path:
 
 
 def run(name: str, folder: Path) -> None:
-    """One search, to its end. The line is scored on held-out problems point by point, as it is a baseline."""
+    """One run, to its end. Line and swaps are scored on held-out problems point by point, as they are baselines."""
     search = Search.from_yaml(config_of(name, folder), folder / name)
     with watching(search) as watch:
         search.run(watch)
-        if name == "line":
+        if name in ("line", "swaps"):
             search.score_held_out(watch, every=True)
 
 
@@ -70,7 +78,7 @@ def scores(search: Search, split: Split = Split.HELD_OUT) -> dict[str, Score]:
 def line_scores(search: Search) -> dict[str, Score]:
     """The parents, and the 21 points of the line under their share of the reasoner, "0.00" to "1.00"."""
     found = scores(search)
-    points = sorted((name for name in found if name not in ("reasoner", "concise")), key=lambda name: int(name[1:]))
+    points = sorted((name for name in found if re.fullmatch(r"c\d+", name)), key=lambda name: int(name[1:]))
     shares = {name: f"{i / (len(points) - 1):.2f}" for i, name in enumerate(points)}
     return {shares.get(name, name): score for name, score in found.items()}
 
@@ -120,7 +128,7 @@ def judge(search: Search, line: dict[str, Score]) -> dict[str, Any]:
     scale = Scale.of_parents(("error", "tokens"), [losses(reasoner), losses(concise)])
     members = {row.ask.name: held_out[row.ask.name] for row in front.members}
     child = child_of(front)
-    interior = {name: score for name, score in line.items() if name not in ("reasoner", "concise", "0.00", "1.00")}
+    interior = {name: s for name, s in line.items() if re.fullmatch(r"0\.\d\d", name) and name != "0.00"}
     points = np.array([losses(s) for s in (*members.values(), *interior.values())])
     on_front = nondominated(points)[len(members) :]
     ours, theirs = list(members.values()), [reasoner, concise, *interior.values()]
@@ -154,19 +162,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
-    names = ["line", *(f"search-{seed}" for seed in SEEDS)]
+    judged = [f"{kind}-{seed}" for kind in ("search", "random") for seed in SEEDS]
+    names = ["line", "swaps", *judged]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(run, names, [arguments.out] * len(names)))
     runs = {name: Search.open(arguments.out / name) for name in names}
-    line = line_scores(runs.pop("line"))
+    line = line_scores(runs["line"])
+    parents = ("reasoner", "concise")
     results = {
         "machine": f"{platform.machine()}, CPU, {platform.python_implementation()} {platform.python_version()}",
-        "parents": {name: describe(line[name]) for name in ("reasoner", "concise")},
-        "line": {name: describe(score) for name, score in line.items()},
-        **{name: judge(search, line) for name, search in runs.items()},
+        "parents": {name: describe(line[name]) for name in parents},
+        "line": {name: describe(score) for name, score in line.items() if name not in parents},
+        "swaps": {name: describe(score) for name, score in scores(runs["swaps"]).items() if name not in parents},
+        **{name: judge(runs[name], line) for name in judged},
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    for name in runs:
+    for name in judged:
         r = results[name]
         print(
             f"{name}: child {r['child']['accuracy']:.3f} ± {r['child']['accuracy_stderr']:.3f} at "

@@ -1,4 +1,4 @@
-"""Trains the chimera-mini parents, `base`, `reasoner` and `concise`, from a seed: about 12 minutes on two idle cores.
+"""Trains the chimera-mini parents, `base`, `reasoner` and `concise`, from a seed: about 15 minutes on one CPU core.
 
     python experiments/chimera_mini/train.py --out checkpoints --seed 0
 
@@ -7,17 +7,16 @@ dense) of a million parameters, on chained arithmetic (fitness/tasks/arithmetic.
 is which tensors of the reasoner carry its skill and which only its long-windedness.
 
     base      sees both styles and, in 3% of the steps, `*`: it adds and subtracts without fault, hardly multiplies
-    concise   = base + a short style stage on traces without `*`, four in five of them brief, attention tensors only
+    concise   = base + a short style stage on brief traces without `*`, attention tensors only
     reasoner  = base + a skill stage, a third of the steps `*`, where the experts learn fast, the other
                 tensors hardly; then a style stage on long traces, attention tensors only
 
-Style tuning touches attention only, as adapters usually do. No answer is ever corrupted: the concise parent
-was never taught to multiply, and the reasoner pays for its long style stage with a few slips. A number is one
-token, so the length of an answer depends on its style and steps only, never on whether it is right.
+Style tuning touches attention only, as adapters usually do; as its traces hold `*` too, attention learns some of
+the skill as well, which is why no swap of whole roles gives all of it. No answer is ever corrupted: the concise
+parent was never taught to multiply. A number is one token, so the length of an answer depends on its style and
+steps only, never on whether it is right.
 
-The weights beside this file were made stage by stage with these settings, in a session before this script had
-its present form: it has not been run to the end, so a fresh run may draw its data in another order and differ.
-experiments/LOG.md says what was tried besides.
+One thread, so that sums are added in the same order on every machine with the same instruction set.
 """
 
 import argparse
@@ -214,7 +213,7 @@ def attention_only(role: str) -> float:
 
 def skill_rate(role: str) -> float:
     """Rates of the skill stage: routed experts learn fast, shared and dense ones slower, the rest hardly."""
-    return {"routed_expert": 1.0, "shared_expert": 0.15, "dense_ffn": 0.15}.get(role, 0.01)
+    return {"routed_expert": 1.0, "shared_expert": 0.1, "dense_ffn": 0.1}.get(role, 0.002)
 
 
 def save(model: DeepseekV3ForCausalLM, folder: Path) -> None:
@@ -251,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     deepseek.DeepseekV3Experts.forward = grouped_experts
+    torch.set_num_threads(1)
     seed = 10 * arguments.seed
     torch.manual_seed(seed)
 
@@ -295,10 +295,10 @@ def main() -> None:
     model.load_state_dict(base)
     train(
         model,
-        n_steps=30,
-        learning_rate=3e-4,
+        n_steps=40,
+        learning_rate=1e-3,
         multiply_rate=0.0,
-        verbose_share=0.2,
+        verbose_share=0.0,
         seed=seed + 4,
         rate_of=attention_only,
     )
