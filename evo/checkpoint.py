@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from evo.encodings import EncodingError, Entry, Stored, TensorHeader, find_entries
+from evo.encodings.fp8_blocks import holds_nan
 from search_spaces.layout import Layout, parse_layout
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -84,6 +85,8 @@ class Checkpoint:
         if file not in self._handles:
             self._handles[file] = safe_open(self.path / file, framework="pt")
         tensor: torch.Tensor = self._handles[file].get_tensor(piece)
+        if tensor.dtype == torch.float8_e4m3fn and holds_nan(tensor):
+            raise CheckpointError(f"{self.path / file}: {piece} holds NaN")
         return tensor
 
     def stored(self, name: str) -> Stored:

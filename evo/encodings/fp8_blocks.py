@@ -119,11 +119,16 @@ def floats(numbers: Tensor) -> Tensor:
     """E4M3 to float32, ten times as fast on a CPU as torch's own conversion.
 
     The bits are moved to where a float32 has them, which leaves the exponent's bias to be corrected. NaN is not
-    understood (see `find_nan`).
+    understood (see `holds_nan`).
     """
     bits = numbers.view(torch.int8).to(torch.int32)  # copies the sign into the leading bits
     bits.bitwise_left_shift_(20).bitwise_and_(_SIGN_AND_MAGNITUDE)
     return bits.view(torch.float32).mul_(2.0**120)
+
+
+def holds_nan(numbers: Tensor) -> bool:
+    """Whether any E4M3 number is none."""
+    return bool((numbers.view(torch.uint8) & 127 == 127).any())
 
 
 def grid(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
