@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
 from evo.encodings.fp8_blocks import Fp8Blocks, floats
-from evo.export import write_checkpoint
-from evo.materializer import Materializer
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, copy_of
 from tests.conftest import make_checkpoint
