@@ -95,6 +95,16 @@ def open_sources(config: Config) -> dict[str, Checkpoint]:
     return checkpoints
 
 
+def unscored_note(name: str, interface: Checkpoint) -> str | None:
+    """What to tell of tensors that children get from their interface parent and no score knows of."""
+    if not (unscored := interface.layout.unscored):
+        return None
+    return (
+        f"{len(unscored)} tensor(s) are not used to generate text, so nothing scores them; exports get those of "
+        f"{name!r}: {', '.join(unscored[:3])}{', ...' if len(unscored) > 3 else ''}"
+    )
+
+
 def search_problem(
     config: Config, space: SearchSpace, scale: Scale | None = None, starts: tuple[Start, ...] = ()
 ) -> SearchProblem:

@@ -76,8 +76,28 @@ class Checkpoint:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where each tensor sits."""
-        return parse_layout({name: entry.shape for name, entry in self.entries.items()})
+        """Where each tensor sits.
+
+        Raises:
+            UnknownTensorError: if a tensor's role cannot be told.
+            CheckpointError: if a tensor that is to be merged holds no floats.
+        """
+        config = self._config_or_nothing()
+        n_blocks = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
+        layout = parse_layout({name: entry.shape for name, entry in self.entries.items()}, n_blocks)
+        merged = self.entries.keys() - set(layout.unscored)
+        if odd := [name for name in merged if not self.entries[name].encoding.is_float]:
+            raise CheckpointError(
+                f"{self.path}: {len(odd)} tensor(s) hold no numbers that can be merged: "
+                + ", ".join(f"{name} ({self.entries[name].encoding})" for name in sorted(odd)[:5])
+            )
+        return layout
+
+    @cached_property
+    def scored(self) -> dict[str, Entry]:
+        """The entries that a merge is about: all that generating text uses."""
+        unscored = set(self.layout.unscored)
+        return {name: entry for name, entry in self.entries.items() if name not in unscored}
 
     def tensor(self, piece: str) -> torch.Tensor:
         """Read one tensor of the files to the CPU, as it is."""
@@ -102,8 +122,10 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any]:
         """What config.json says of how weights are stored."""
-        found = self.config().get("quantization_config") if (self.path / "config.json").is_file() else None
-        return found or {}
+        return self._config_or_nothing().get("quantization_config") or {}
+
+    def _config_or_nothing(self) -> dict[str, Any]:
+        return self.config() if (self.path / "config.json").is_file() else {}
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
@@ -135,11 +157,11 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
     problems: list[str] = []
     for name, other in others:
         problems += _config_differences(first_name, first, name, other)
-        missing = [t for t in first.entries if t not in other.entries]
-        extra = [t for t in other.entries if t not in first.entries]
+        missing = [t for t in first.scored if t not in other.scored]
+        extra = [t for t in other.scored if t not in first.scored]
         problems += [f"{t}: in {first_name}, not in {name}" for t in missing]
         problems += [f"{t}: in {name}, not in {first_name}" for t in extra]
-        for tensor in first.entries.keys() & other.entries.keys():
+        for tensor in first.scored.keys() & other.scored.keys():
             entries = (first.entries[tensor], other.entries[tensor])
             here, there = (f"{entry.encoding.output} {list(entry.shape)}" for entry in entries)
             if here != there:

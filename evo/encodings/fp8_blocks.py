@@ -39,6 +39,7 @@ class Fp8Blocks:
     scale_dtype: str = "F32"
 
     suffixes = ("", _SUFFIX)
+    is_float = True
 
     def __str__(self) -> str:
         scales = "powers of two" if self.powers_of_two else self.scale_dtype
