@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from evo.encodings import EncodingError, Entry, Stored, TensorHeader, find_entries
+from evo.encodings.foreign import advice, refuse
 from evo.encodings.fp8_blocks import holds_nan
 from search_spaces.layout import Layout, parse_layout
 
@@ -70,6 +71,7 @@ class Checkpoint:
 
     def _find_entries(self) -> dict[str, Entry]:
         try:
+            refuse(self.headers, self.quantization)
             return find_entries(self.headers, self.quantization)
         except EncodingError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
@@ -269,6 +271,8 @@ def _nothing_to_read(path: Path) -> str:
             f"{path} holds {pickles[0]}, a pickle, which is never loaded here. Convert it first: "
             "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)"
         )
+    if ggufs := sorted(p.name for p in path.glob("*.gguf")):
+        return f"{path} holds {ggufs[0]}, which is not read. {advice('gguf')}"
     return f"{path}: expected {SINGLE_FILE} or {INDEX_FILE} in this folder"
 
 
