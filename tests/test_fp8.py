@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
 from evo.encodings.fp8_blocks import Fp8Blocks, floats
+from evo.encodings.rounding import Rounding
+from evo.materializer import Materializer
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, copy_of
 from tests.conftest import make_checkpoint
@@ -211,3 +213,19 @@ class TestRefused:
         plain = fp8_parents["a"].parent / "a"
         with pytest.raises(CheckpointError, match=r"BF16 .* in plain, F8_E4M3 with scales for 16 x 16"):
             check_compatible({"plain": Checkpoint.open(plain), "fp8": Checkpoint.open(fp8_parents["a"])})
+
+
+def test_the_cost_of_rounding_is_reported(fp8_parents, tmp_path):
+    recipe = Recipe(sources_of(fp8_parents), "b", "a", (Rule("linear", {"a": 0.25}, blocks=(1,)),))
+    rounding = Rounding()
+    merged = dict(Materializer({n: Checkpoint.open(p) for n, p in fp8_parents.items()}).stream(recipe, rounding))
+    a, b = (values_in(fp8_parents[name]) for name in "ab")
+    assert set(rounding.errors) == {name for name in a if is_quantized(name) and ".layers.1." in name}
+    for name, error in rounding.errors.items():
+        exact = 0.75 * b[name].astype(np.float64) + 0.25 * a[name]
+        codes, scales = merged[name].view(torch.uint8).numpy(), merged[f"{name}_scale_inv"].numpy()
+        difference = dequantize(codes, scales, (16, 16)) - exact
+        assert error == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(exact), rel=1e-4)
+        assert 0.01 < error < 0.05  # E4M3 has steps of 1/8 to 1/16 of a number
+    exported(fp8_parents, recipe, tmp_path / "out")
+    assert rounding.summary() in (tmp_path / "out" / "README.md").read_text()

@@ -82,7 +82,7 @@ class Fp8Blocks:
         width, n_columns = self.block[1], band.shape[1]
         missing = -n_columns % width
         tiles = (pad(band, (0, missing)) if missing else band).view(len(band), -1, width)
-        scales = self._scales(tiles.abs().amax((0, 2)))
+        scales = self._scales(tiles.abs().amax(0).amax(1))
         divided = (tiles / scales.float()[:, None]).clamp_(-LARGEST, LARGEST)
         return divided.to(torch.float8_e4m3fn).view(len(band), -1)[:, :n_columns], scales
 
