@@ -6,6 +6,7 @@ import pkgutil
 
 import numpy as np
 
+from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, check_compatible
 from evo.config import Config, component_options
 from evo.merge import get_method
@@ -69,7 +70,7 @@ def build_worker(config: Config, task: Task) -> Worker:
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     engine_class = pkgutil.resolve_name(ENGINES[config.engine.kind])
-    engine = engine_class(str(config.parents[config.interface_parent]), **component_options(config.engine, ENGINES))
+    engine = engine_class(str(config.sources[config.interface_parent]), **component_options(config.engine, ENGINES))
     sources = {name: str(path) for name, path in config.sources.items()}
     return Worker(engine, task, sources, max_tokens=config.engine.max_tokens, objectives=config.objectives)
 
@@ -81,7 +82,7 @@ def recipe_sources(config: Config, digests: dict[str, str]) -> dict[str, Source]
 
 def source_digests(config: Config) -> dict[str, str]:
     """Source name -> content digest. Reads every byte of every checkpoint."""
-    return {name: Checkpoint.open(path).digest() for name, path in config.sources.items()}
+    return {name: checkpoint.digest() for name, checkpoint in open_checkpoints(config.sources).items()}
 
 
 def open_sources(config: Config) -> dict[str, Checkpoint]:
@@ -90,7 +91,8 @@ def open_sources(config: Config) -> dict[str, Checkpoint]:
     Raises:
         CheckpointError: with what is wrong.
     """
-    checkpoints = {name: Checkpoint.open(path) for name, path in config.sources.items()}
+    checkpoints = open_checkpoints(config.sources)
+    checkpoints[config.interface_parent].written_map()  # an adapter has none
     check_compatible(checkpoints)
     return checkpoints
 

@@ -40,6 +40,9 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """One checkpoint folder. Opening it reads headers only; tensors are read one by one, when asked for."""
 
+    digest_files: tuple[str, ...] = INTERFACE_FILES
+    """Files besides the weights that count as its content."""
+
     def __init__(self, path: Path, weight_map: dict[str, str], headers: dict[str, TensorHeader]) -> None:
         self.path = path
         self.weight_map = weight_map
@@ -64,7 +67,7 @@ class Checkpoint:
         if (path / INDEX_FILE).is_file():
             weight_map = _read_index(path)
         elif (path / SINGLE_FILE).is_file():
-            weight_map = dict.fromkeys(_read_header(path / SINGLE_FILE), SINGLE_FILE)
+            weight_map = dict.fromkeys(read_header(path / SINGLE_FILE), SINGLE_FILE)
         else:
             raise CheckpointError(_nothing_to_read(path))
         return cls(path, weight_map, _headers_of(path, weight_map))
@@ -111,10 +114,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / file}: {piece} holds NaN")
         return tensor
 
+    def holders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:
+        """Where the pieces of a tensor of the model are: checkpoints and what they call them."""
+        return tuple((self, piece) for piece in self.entries[name].pieces)
+
     def stored(self, name: str) -> Stored:
         """Read one tensor of the model to the CPU, in the bits of the files."""
-        entry = self.entries[name]
-        return Stored(entry.encoding, tuple(self.tensor(piece) for piece in entry.pieces))
+        pieces = (holder.tensor(piece) for holder, piece in self.holders(name))
+        return Stored(self.entries[name].encoding, tuple(pieces))
 
     def written_map(self) -> dict[str, str]:
         """Name -> file of the tensors of a merge that is laid out in files as this checkpoint is."""
@@ -131,7 +138,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        data: dict[str, Any] = _read_json(self.path / "config.json")
+        data: dict[str, Any] = read_json(self.path / "config.json")
         return data
 
     @property
@@ -142,7 +149,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 (hex) over the content of the weights and of the interface files. Reads every byte."""
-        names = sorted({*self.weight_map.values(), *(n for n in INTERFACE_FILES if (self.path / n).is_file())})
+        names = sorted({*self.weight_map.values(), *(n for n in self.digest_files if (self.path / n).is_file())})
         with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter, so shards go in parallel
             digests = list(pool.map(lambda name: _file_digest(self.path / name), names))
         lines = "\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
@@ -201,14 +208,19 @@ def _vocabulary(path: Path) -> dict[str, int] | None:
     """Token -> id of a fast tokenizer's file, or None where there is none."""
     if not (path / "tokenizer.json").is_file():
         return None
-    data = _read_json(path / "tokenizer.json")
+    data = read_json(path / "tokenizer.json")
     vocabulary = data.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # unigram models list [token, score]
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
     return {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -218,7 +230,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    index = _read_json(path / INDEX_FILE)
+    index = read_json(path / INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX_FILE}: expected a non-empty object 'weight_map'")
@@ -233,7 +245,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _headers_of(path: Path, weight_map: dict[str, str]) -> dict[str, TensorHeader]:
     """Headers in the order of the weight map; every tensor of every shard must be in it."""
-    by_file = {file: _read_header(path / file) for file in sorted(set(weight_map.values()))}
+    by_file = {file: read_header(path / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in by_file[file]:
             raise CheckpointError(f"{path / file}: tensor {name} is missing, though {INDEX_FILE} says it is there")
@@ -246,8 +258,12 @@ def _headers_of(path: Path, weight_map: dict[str, str]) -> dict[str, TensorHeade
     return {name: by_file[file][name] for name, file in weight_map.items()}
 
 
-def _read_header(file: Path) -> dict[str, TensorHeader]:
-    """Tensor headers of a safetensors file, after the library has checked the file as a whole."""
+def read_header(file: Path) -> dict[str, TensorHeader]:
+    """Tensor headers of a safetensors file, after the library has checked the file as a whole.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
     try:
         with safe_open(file, framework="pt"):
             pass

@@ -183,8 +183,8 @@ class Config(_Section):
     base: Path | None = None
     """The common ancestor of the parents, where there is one; called "base" in recipes."""
     interface: str | None = None
-    """The parent whose tokenizer, chat template, stop tokens, config and generation config children get.
-    Default: the first."""
+    """The parent (or base) whose tokenizer, chat template, stop tokens, config and generation config children get.
+    Default: the first parent."""
     space: SpaceConfig = Field(default_factory=SpaceConfig)
     task: TaskConfig
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig.model_validate({}))
@@ -203,7 +203,7 @@ class Config(_Section):
         if bad := [name for name in self.parents if not name.isidentifier()]:
             raise ValueError(f"parents: expected plain names (letters, digits, _), got {bad}")
         if self.interface is not None:
-            _known(self.interface, self.parents, "parent")
+            _known(self.interface, self.sources, "parent")
         for name in [*([self.space.base] if self.space.base else []), *(self.space.donors or [])]:
             _known(name, self.sources, "source")
         if self.space_base in self.space_donors:

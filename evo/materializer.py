@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.copies import tied_heads, unscored_copies
 from evo.encodings import Stored, Watcher, stack
@@ -107,14 +109,14 @@ class Materializer:
                 + ", ".join(homeless[:5])
             )
         self._device = torch.device(device)
-        self._resident: dict[tuple[str, str], Stored] = {}  # (source, tensor) -> its bits, on the device
+        self._resident: dict[tuple[Path, str], Tensor] = {}  # (folder, name in its files) -> bits, on the device
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
 
     @classmethod
     def hosted(cls, slots: Mapping[str, Tensor], sources: Mapping[str, str]) -> Materializer:
         """The constructor an engine calls where its weights live: sources are name -> folder."""
-        return cls({name: Checkpoint.open(path) for name, path in sources.items()}, slots)
+        return cls(open_checkpoints(sources), slots)
 
     @torch.no_grad()
     def write(self, recipe: Mapping[str, Any]) -> UpdateReport:
@@ -222,12 +224,17 @@ class Materializer:
         return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
 
     def _stored(self, source: str, part: Part, device: torch.device, keep: bool) -> Stored:
-        stored = self._resident.get((source, part.tensor))
-        if stored is None:
-            stored = self._checkpoints[source].stored(part.tensor).to(device)
+        checkpoint = self._checkpoints[source]
+        pieces = [self._piece(*held, device, keep) for held in checkpoint.holders(part.tensor)]
+        return Stored(checkpoint.entries[part.tensor].encoding, tuple(pieces)).row(part.row)
+
+    def _piece(self, holder: Checkpoint, name: str, device: torch.device, keep: bool) -> Tensor:
+        piece = self._resident.get((holder.path, name))
+        if piece is None:
+            piece = holder.tensor(name).to(device)
             if keep:
-                self._resident[source, part.tensor] = stored
-        return stored.row(part.row)
+                self._resident[holder.path, name] = piece
+        return piece
 
 
 def _noise(key: Key, matrix: Operand, block: Block) -> Tensor:
