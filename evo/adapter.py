@@ -23,6 +23,7 @@ from evo.encodings.low_rank import MAX_RANK, LowRank, fixed_point
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$")
+_FULL = re.compile(r"\.(modules_to_save(\.default)?|base_layer)\.")  # weights that are saved in full
 _REFUSED = {
     "use_dora": "DoRA, whose difference is not of low rank",
     "layer_replication": "replicated layers",
@@ -73,10 +74,9 @@ class Adapter(Checkpoint):
 
     def holders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:
         """See Checkpoint."""
-        if name in self._replaced:
-            return ((self, self._replaced[name]),)
-        factors = self._factors.get(name, {})
-        return (*self._base.holders(name), *((self, f"{name}.{side}") for side in ("left", "right") if factors))
+        replaced = self._replaced.get(name)
+        full = self._base.holders(name) if replaced is None else ((self, replaced),)
+        return (*full, *((self, f"{name}.{side}") for side in ("left", "right") if name in self._factors))
 
     def tensor(self, piece: str) -> torch.Tensor:
         """See Checkpoint. NAME.left (R, r) and NAME.right (r, C) are the factors of NAME's difference."""
@@ -99,7 +99,7 @@ class Adapter(Checkpoint):
         """Find out which tensor of the base a tensor of the file is about."""
         plain = key.removeprefix("base_model.model.")
         match = _FACTOR.fullmatch(plain)
-        name = f"{match['module']}.weight" if match else re.sub(r"\.modules_to_save(\.default)?\.", ".", plain)
+        name = f"{match['module']}.weight" if match else _FULL.sub(".", plain)
         if name not in self._base.scored:
             raise CheckpointError(
                 f"{path}: {key} belongs to no tensor of the base {self._base.path}. Expected factors lora_A and lora_B "
@@ -121,7 +121,7 @@ class Adapter(Checkpoint):
                     f"{self.path}: {self._replaced[name]} is {header.dtype} {list(header.shape)}, but the base has "
                     f"{wanted} {list(entry.shape)}"
                 )
-            return replace(entry, encoding=wanted)
+            entry = replace(entry, encoding=wanted)
         if name not in self._factors:
             return entry
         rank = self._check_factors(name, entry.shape)

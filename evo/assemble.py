@@ -9,6 +9,7 @@ import numpy as np
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, check_compatible
 from evo.config import Config, component_options
+from evo.hub import origin
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem, Start
 from evo.pareto import Scale
@@ -77,7 +78,8 @@ def build_worker(config: Config, task: Task) -> Worker:
 
 def recipe_sources(config: Config, digests: dict[str, str]) -> dict[str, Source]:
     """The sources that recipes of a run name."""
-    return {name: Source(str(path), digests.get(name)) for name, path in config.sources.items()}
+    origins = {name: origin(path) for name, path in config.sources.items()}
+    return {name: Source(place, digests.get(name), revision) for name, (place, revision) in origins.items()}
 
 
 def source_digests(config: Config) -> dict[str, str]:

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from evo.hub import HubError, download, is_id
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
@@ -179,7 +180,7 @@ class Config(_Section):
     """One search."""
 
     parents: dict[str, Path] = Field(min_length=2)
-    """Name -> checkpoint folder, relative to the config file."""
+    """Name -> checkpoint folder, relative to the config file, or "org/name" or "org/name@revision" on the Hub."""
     base: Path | None = None
     """The common ancestor of the parents, where there is one; called "base" in recipes."""
     interface: str | None = None
@@ -241,7 +242,7 @@ SAFE_KEYS = ("budget", "tracking", "engine.threads")
 
 
 def load_config(path: str | Path) -> Config:
-    """Read, resolve and validate a YAML file.
+    """Read, resolve and validate a YAML file. Checkpoints that are named by an id are downloaded.
 
     Paths of checkpoints, and of tables that are files, are taken relative to the file.
 
@@ -263,8 +264,8 @@ def load_config(path: str | Path) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
-    config = _resolve_paths(config, path.resolve().parent)
-    places = [*_check_files(config), *_check_knobs(config)]
+    config, places = _resolve_paths(config, path.resolve().parent)
+    places += [*_check_files(config), *_check_knobs(config)]
     problems = [_at(path, lines, place, message) for place, message in places]
     problems += [_describe(path, lines, error, config) for error in _check_options(config)]
     if problems:
@@ -320,10 +321,6 @@ def _check_options(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _check_files(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    for name, path in config.sources.items():
-        if not path.is_dir():
-            place = ("base",) if name == "base" else ("parents", name)
-            yield place, f"no checkpoint folder at {path}"
     table = config.task.options.get("path")
     if isinstance(table, str) and table.endswith((".jsonl", ".json")) and not Path(table).is_file():
         yield ("task", "path"), f"no file at {table}"
@@ -342,15 +339,42 @@ def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("space", "knobs", name), str(error)
 
 
-def _resolve_paths(config: Config, folder: Path) -> Config:
+def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tuple[str, ...], str]]]:
+    """The config with absolute paths, and the checkpoints that are nowhere."""
     data = config.model_dump(mode="json")
-    data["parents"] = {name: str((folder / path).resolve()) for name, path in config.parents.items()}
-    if config.base:
-        data["base"] = str((folder / config.base).resolve())
+    missing: list[tuple[tuple[str, ...], str]] = []
+    for name, path in config.sources.items():
+        place: tuple[str, ...] = ("base",) if name == "base" else ("parents", name)
+        try:
+            found = str(_checkpoint_folder(path, folder))
+        except HubError as error:
+            missing.append((place, str(error)))
+            continue
+        if name == "base":
+            data["base"] = found
+        else:
+            data["parents"][name] = found
     table = data["task"].get("path")
     if isinstance(table, str) and table.endswith((".jsonl", ".json")):
         data["task"]["path"] = str((folder / table).resolve())
-    return Config.model_validate(data)
+    return Config.model_validate(data), missing
+
+
+def _checkpoint_folder(path: Path, folder: Path) -> Path:
+    """A folder of this name if there is one, else what the Hub has under it.
+
+    Raises:
+        HubError: if there is neither.
+    """
+    local = (folder / path).resolve()
+    if local.is_dir():
+        return local
+    if not is_id(path.as_posix()):
+        raise HubError(f"no checkpoint folder at {local}")
+    try:
+        return download(path.as_posix())
+    except HubError as error:
+        raise HubError(f"no checkpoint folder at {local}, and {error}") from error
 
 
 def _line_numbers(text: str) -> dict[tuple[str, ...], int]:

@@ -175,6 +175,17 @@ def test_weights_that_were_trained_in_full_replace_the_bases(base, tmp_path):
     assert torch.equal(read(base, adapter).stored("model.norm.weight").pieces[0], norm)
 
 
+def test_an_embedding_that_is_saved_beside_its_factors(base, tmp_path):
+    """As peft does it when embeddings are among the targets: the difference goes on top of what is saved."""
+    name = "model.embed_tokens.weight"
+    other = files_of(base)[name] * 2
+    extra = {"base_model.model.model.embed_tokens.base_layer.weight": other}
+    plain = read(base, make_adapter(tmp_path / "plain", base, 1)).stored(name).operand
+    ours = read(base, make_adapter(tmp_path / "saved", base, 1, extra=extra)).stored(name).operand
+    difference = plain[:, :].double() - files_of(base)[name].double()
+    torch.testing.assert_close(ours[:, :].double(), other.double() + difference, rtol=0, atol=1e-5)
+
+
 def test_digest_is_of_the_adapter(base, tmp_path):
     one, two = (read(base, make_adapter(tmp_path / str(seed), base, seed)) for seed in (1, 2))
     before = one.digest()

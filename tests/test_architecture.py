@@ -38,6 +38,7 @@ HOMES = {  # third-party library -> where alone it may be imported
     "datasets": "fitness/tasks/",
     "ray": "evo/ray_pool.py",
     "sqlite3": "evo/ledger.py",
+    "huggingface_hub": "evo/hub.py",
 }
 
 
