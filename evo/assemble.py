@@ -95,7 +95,7 @@ def open_sources(config: Config) -> dict[str, Checkpoint]:
     """
     checkpoints = open_checkpoints(config.sources)
     checkpoints[config.interface_parent].written_map()  # an adapter has none
-    check_compatible(checkpoints)
+    check_compatible(checkpoints, common_rows=config.vocabulary == "common")
     return checkpoints
 
 

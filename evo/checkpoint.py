@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from evo.encodings import EncodingError, Entry, Stored, TensorHeader, find_entries
 from evo.encodings.foreign import advice, refuse
 from evo.encodings.fp8_blocks import holds_nan
-from search_spaces.layout import Layout, parse_layout
+from search_spaces.layout import Layout, is_by_token, parse_layout
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -156,8 +156,12 @@ class Checkpoint:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
+def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool = False) -> None:
     """Refuse checkpoints that cannot be merged tensor by tensor.
+
+    Args:
+        checkpoints: by name.
+        common_rows: let vocabularies differ by added and padded rows (see evo.vocabulary).
 
     Raises:
         CheckpointError: with the tensors, shapes, dtypes, architectures or vocabularies that differ.
@@ -166,6 +170,7 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
     problems: list[str] = []
     for name, other in others:
         problems += _config_differences(first_name, first, name, other)
+        problems += _token_differences(first_name, first, name, other, common_rows)
         missing = [t for t in first.scored if t not in other.scored]
         extra = [t for t in other.scored if t not in first.scored]
         problems += [f"{t}: in {first_name}, not in {name}" for t in missing]
@@ -173,7 +178,12 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
         for tensor in first.scored.keys() & other.scored.keys():
             entries = (first.entries[tensor], other.entries[tensor])
             here, there = (f"{entry.encoding.output} {list(entry.shape)}" for entry in entries)
-            if here != there:
+            if is_by_token(tensor) and _same_but_rows(*entries):
+                if not common_rows and here != there:
+                    low, high = sorted(entry.shape[0] for entry in entries)
+                    owner = first_name if entries[0].shape[0] == high else name
+                    problems.append(f"{tensor}: rows {low} to {high - 1} are in {owner} only. {_COMMON_ROWS}")
+            elif here != there:
                 problems.append(f"{tensor}: {here} in {first_name}, {there} in {name}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -186,25 +196,46 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
 
 def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
     differences = []
-    for key in ("model_type", "architectures", "vocab_size", "tie_word_embeddings"):
+    for key in ("model_type", "architectures", "tie_word_embeddings"):
         here, there = a.config().get(key), b.config().get(key)
         if here != there:
             differences.append(f"config.json {key}: {here!r} in {a_name}, {there!r} in {b_name}")
-    vocabularies = [_vocabulary(c.path) for c in (a, b)]
-    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
-        changed = {
-            token
-            for token in {*vocabularies[0], *vocabularies[1]}  # type: ignore[misc]
-            if vocabularies[0].get(token) != vocabularies[1].get(token)  # type: ignore[union-attr]
-        }
+    return differences
+
+
+def _same_but_rows(a: Entry, b: Entry) -> bool:
+    return a.shape[1:] == b.shape[1:] and a.encoding.output == b.encoding.output
+
+
+_COMMON_ROWS = "`vocabulary: common` would merge the rows that all have, and take the others from the interface parent."
+
+
+def _token_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint, common_rows: bool) -> list[str]:
+    sizes = [c.config().get("vocab_size") for c in (a, b)]
+    differences = [f"config.json vocab_size: {sizes[0]!r} in {a_name}, {sizes[1]!r} in {b_name}"]
+    differences = differences if sizes[0] != sizes[1] and not common_rows else []
+    here, there = read_vocabulary(a.path), read_vocabulary(b.path)
+    if here is None or there is None:
+        return differences
+    changed = {token for token in {*here, *there} if here.get(token) != there.get(token)}
+    added = [(here.keys() & changed) - there.keys(), (there.keys() & changed) - here.keys()]
+    taken = {here[token] for token in added[0]} & set(there.values()) | {there[t] for t in added[1]} & set(
+        here.values()
+    )
+    if (here.keys() & there.keys() & changed) or taken:
         differences.append(
             f"tokenizer.json: {len(changed)} token(s) have another id in {b_name} than in {a_name}: "
             + ", ".join(repr(token) for token in sorted(changed)[:5])
         )
+    elif changed and not common_rows:
+        for owner, vocabulary, tokens in ((a_name, here, added[0]), (b_name, there, added[1])):
+            shown = ", ".join(f"{vocabulary[t]} ({t!r})" for t in sorted(tokens, key=vocabulary.__getitem__)[:5])
+            if tokens:
+                differences.append(f"tokenizer.json: {len(tokens)} row(s) are in {owner} only: {shown}. {_COMMON_ROWS}")
     return differences
 
 
-def _vocabulary(path: Path) -> dict[str, int] | None:
+def read_vocabulary(path: Path) -> dict[str, int] | None:
     """Token -> id of a fast tokenizer's file, or None where there is none."""
     if not (path / "tokenizer.json").is_file():
         return None

@@ -186,6 +186,9 @@ class Config(_Section):
     interface: str | None = None
     """The parent (or base) whose tokenizer, chat template, stop tokens, config and generation config children get.
     Default: the first parent."""
+    vocabulary: Literal["same", "common"] = "same"
+    """Whether parents may have tokens and rows of embeddings of their own: "common" merges the rows that all have
+    and takes the others from the interface parent."""
     space: SpaceConfig = Field(default_factory=SpaceConfig)
     task: TaskConfig
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig.model_validate({}))

@@ -24,6 +24,7 @@ from evo.encodings.rounding import Rounding
 from evo.merge import Method, Stats, get_method
 from evo.merge.blocks import Block, Operand
 from evo.merge.noise import Key, stream_key, uniforms
+from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe, Rule
 
@@ -50,6 +51,8 @@ class _Job:
 
     sources: tuple[str, ...]
     """The base, then the donors."""
+    interface: str
+    """Whose rows are taken where vocabularies differ."""
     method: Method | None = None
     coefficients: tuple[float, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -58,9 +61,9 @@ class _Job:
     """All that a part depends on besides its sources' bits, which never change while they are open."""
 
     @classmethod
-    def copy(cls, source: str) -> _Job:
+    def copy(cls, source: str, interface: str) -> _Job:
         """The stored bits of a source."""
-        return cls((source,), key=(source,))
+        return cls((source,), interface, key=(interface, source))
 
     @classmethod
     def of(cls, recipe: Recipe, rule: Rule) -> _Job:
@@ -76,10 +79,10 @@ class _Job:
         except ValueError as error:
             raise ValueError(f"{rule.method}: {error}") from None
         if (copied := method.copy_of(coefficients, **arguments)) is not None:
-            return cls.copy(sources[copied])
+            return cls.copy(sources[copied], recipe.interface)
         seed = recipe.seed if method.random else 0
-        key = (rule.method, *sources, *coefficients, *arguments.values(), seed)
-        return cls(sources, method, coefficients, arguments, seed, key)
+        key = (recipe.interface, rule.method, *sources, *coefficients, *arguments.values(), seed)
+        return cls(sources, recipe.interface, method, coefficients, arguments, seed, key)
 
 
 class Materializer:
@@ -103,6 +106,7 @@ class Materializer:
         first = next(iter(checkpoints.values()))
         self.layout: Layout = first.layout
         self._tied = tied_heads(first)
+        self._common = common_rows(checkpoints)
         if slots is not None and (homeless := [n for n in first.scored if n not in slots]):
             raise CheckpointError(
                 f"{len(homeless)} tensor(s) of the checkpoint have no place in the resident model: "
@@ -169,12 +173,21 @@ class Materializer:
     def _assign(self, recipe: Recipe) -> dict[Part, _Job]:
         """Part -> job."""
         jobs = {id(rule): _Job.of(recipe, rule) for rule in recipe.rules}
-        copy = _Job.copy(recipe.base)
+        copy = _Job.copy(recipe.base, recipe.interface)
         return {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
 
     def _part(self, part: Part, job: _Job, device: torch.device, keep: bool, watch: Watcher | None = None) -> Stored:
         """One part as it is stored: the same function for a slot and for an export."""
         stored = [self._stored(name, part, device, keep) for name in job.sources]
+        if (rows := self._common.get(part.tensor)) is None:
+            return self._merged(part, job, stored, device, watch)
+        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch)
+        return rows.complete(merged, self._stored(job.interface, part, device, keep))
+
+    def _merged(
+        self, part: Part, job: _Job, stored: list[Stored], device: torch.device, watch: Watcher | None
+    ) -> Stored:
+        """What a job makes of its sources."""
         if job.method is None:
             return stored[0].as_output(CHUNK_ELEMENTS)
         method = job.method

@@ -49,6 +49,7 @@ _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
 _ROLES = tuple((role, re.compile(pattern)) for role, pattern in _ROLE_PATTERNS)
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_BY_TOKEN = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight$")
 _UNSCORED = re.compile(
     r"(^|\.)(mtp\w*|visual|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector)\."
     r"|\.rotary_emb\.inv_freq$"
@@ -132,6 +133,11 @@ def parse_layout(shapes: Mapping[str, tuple[int, ...]], n_blocks: int | None = N
     blocks = [part.block for part in parts if part.block is not None]
     experts = [part.expert for part in parts if part.expert is not None]
     return Layout(tuple(parts), max(blocks, default=-1) + 1, max(experts, default=-1) + 1, tuple(unscored))
+
+
+def is_by_token(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return _BY_TOKEN.search(name) is not None
 
 
 def _is_unscored(name: str, n_blocks: int | None) -> bool:
