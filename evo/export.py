@@ -2,7 +2,7 @@
 
 The tensors come from the same function that wrote them into the resident model, rounded to the same stored
 dtype, so that loading the export gives the bits that were scored. Files are laid out as the interface parent's are, and
-one file at a time is held in memory. Everything is written beside the target and moved in place at the end.
+one tensor at a time is held in memory. Everything is written beside the target and moved in place at the end.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
 from evo.checkpoint import INDEX_FILE, INTERFACE_FILES, SINGLE_FILE, Checkpoint
 from evo.config import Config
+from evo.encodings import TensorHeader
 from evo.encodings.rounding import Rounding
 from evo.front import Row, read_front
 from evo.ledger import Ledger
 from evo.materializer import Materializer
+from evo.safetensors_writer import SafetensorsWriter
 from search_spaces.recipe import Recipe
+
+SYNC_BYTES = 1 << 25
+"""The disk is kept busy with pieces of this size."""
 
 
 class ExportError(ValueError):
@@ -105,25 +110,41 @@ def write_checkpoint(
 
 
 def _write_weights(tensors: Iterator[tuple[str, Tensor]], interface: Checkpoint, folder: Path) -> None:
-    """One file at a time. `tensors` comes in the order of the index, which may jump between files: a file is
-    written as soon as it is complete.
-    """
-    weight_map = interface.written_map()
-    missing = dict.fromkeys(weight_map.values(), 0)
-    for file in weight_map.values():
-        missing[file] += 1
-    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in missing}
-    n_bytes = 0
-    for name, tensor in tensors:
-        file = weight_map[name]
-        waiting[file][name] = tensor.contiguous()
-        n_bytes += tensor.numel() * tensor.element_size()
-        if len(waiting[file]) == missing[file]:
-            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
-    assert not waiting, "every tensor of every file has been streamed"
+    """Tensor by tensor, each to its place: `tensors` comes in the order of the index, which may jump between files."""
+    weight_map, headers = interface.written_map(), _written_headers(interface)
+    writers: dict[str, SafetensorsWriter] = {}
+    n_bytes = n_sent = 0
+    try:
+        with ThreadPoolExecutor(1) as disk:  # it writes while the next tensors are being merged
+            for name, tensor in tensors:
+                if (file := weight_map[name]) not in writers:
+                    inside = {n: header for n, header in headers.items() if weight_map[n] == file}
+                    writers[file] = SafetensorsWriter(folder / file, inside)
+                writers[file].write(name, tensor)
+                n_bytes += tensor.numel() * tensor.element_size()
+                if n_bytes - n_sent > SYNC_BYTES:
+                    disk.submit(writers[file].sync)
+                    n_sent = n_bytes
+    except OSError as error:
+        raise ExportError(f"cannot write to {folder.parent}: {error.strerror}") from error
+    finally:
+        complete = [writer.close() for writer in writers.values()]
+    assert all(complete) and len(writers) == len({*weight_map.values()}), "every tensor of every file has been streamed"
     if set(weight_map.values()) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
+
+
+def _written_headers(interface: Checkpoint) -> dict[str, TensorHeader]:
+    """Of all tensors of the files that will be written."""
+    headers: dict[str, TensorHeader] = {}
+    for entry in interface.entries.values():
+        output = entry.encoding.output
+        if output == entry.encoding:
+            headers |= {piece: interface.headers[piece] for piece in entry.pieces}
+        else:
+            headers[entry.name] = TensorHeader(str(output), entry.shape)
+    return headers
 
 
 def _copy_interface(interface: Checkpoint, folder: Path) -> None:

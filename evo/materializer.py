@@ -22,8 +22,9 @@ from evo.copies import tied_heads, unscored_copies
 from evo.encodings import Stored, Watcher, stack
 from evo.encodings.rounding import Rounding
 from evo.merge import Method, Stats, get_method
-from evo.merge.blocks import Block, Operand
-from evo.merge.noise import Key, stream_key, uniforms
+from evo.merge.apply import PartMerge
+from evo.merge.blocks import Operand
+from evo.merge.noise import Key, stream_key
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe, Rule
@@ -41,6 +42,8 @@ class UpdateReport:
     n_written: int
     n_skipped: int
     """Parts whose inputs had not changed since the last write."""
+    n_compiled: int
+    """Parts that a compiled loop has merged; the others were copied, or merged on tensors."""
     written_bytes: int
     seconds: float
 
@@ -116,6 +119,7 @@ class Materializer:
         self._resident: dict[tuple[Path, str], Tensor] = {}  # (folder, name in its files) -> bits, on the device
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
+        self._n_compiled = 0
 
     @classmethod
     def hosted(cls, slots: Mapping[str, Tensor], sources: Mapping[str, str]) -> Materializer:
@@ -127,6 +131,7 @@ class Materializer:
         """Write a recipe (as plain data) into the slots; parts whose inputs did not change are skipped."""
         start = time.perf_counter()
         n_written = n_skipped = written_bytes = 0
+        n_compiled = self._n_compiled
         for part, job in self._assign(Recipe.from_dict(recipe)).items():
             if part.tensor in self._tied:
                 continue
@@ -136,12 +141,14 @@ class Materializer:
                 continue
             self._written.pop(part, None)  # if the copy fails half-way, the part is written again
             target = slot if part.row is None else slot[part.row]
-            merged = self._part(part, job, slot.device, keep=True)
-            merged.encoding.decode(merged.pieces, target, CHUNK_ELEMENTS)
+            merged = self._part(part, job, slot.device, keep=True, target=target)
+            if merged.pieces[0] is not target:
+                merged.encoding.decode(merged.pieces, target, CHUNK_ELEMENTS)
             self._written[part] = job.key
             n_written += 1
             written_bytes += target.numel() * target.element_size()
-        return UpdateReport(n_written, n_skipped, written_bytes, time.perf_counter() - start)
+        n_compiled = self._n_compiled - n_compiled
+        return UpdateReport(n_written, n_skipped, n_compiled, written_bytes, time.perf_counter() - start)
 
     @torch.no_grad()
     def stream(self, recipe: Recipe, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -176,16 +183,30 @@ class Materializer:
         copy = _Job.copy(recipe.base, recipe.interface)
         return {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
 
-    def _part(self, part: Part, job: _Job, device: torch.device, keep: bool, watch: Watcher | None = None) -> Stored:
-        """One part as it is stored: the same function for a slot and for an export."""
+    def _part(
+        self,
+        part: Part,
+        job: _Job,
+        device: torch.device,
+        keep: bool,
+        watch: Watcher | None = None,
+        target: Tensor | None = None,
+    ) -> Stored:
+        """One part as it is stored: the same function for a slot and for an export. May be made in the target."""
         stored = [self._stored(name, part, device, keep) for name in job.sources]
         if (rows := self._common.get(part.tensor)) is None:
-            return self._merged(part, job, stored, device, watch)
+            return self._merged(part, job, stored, device, watch, target)
         merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch)
         return rows.complete(merged, self._stored(job.interface, part, device, keep))
 
     def _merged(
-        self, part: Part, job: _Job, stored: list[Stored], device: torch.device, watch: Watcher | None
+        self,
+        part: Part,
+        job: _Job,
+        stored: list[Stored],
+        device: torch.device,
+        watch: Watcher | None,
+        target: Tensor | None = None,
     ) -> Stored:
         """What a job makes of its sources."""
         if job.method is None:
@@ -197,19 +218,14 @@ class Materializer:
             copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
             if copied is not None:
                 return stored[copied].as_output(CHUNK_ELEMENTS)
-        keys = self._noise_keys(part, job)
-
-        def values(block: Block) -> Tensor:
-            arguments = dict(job.arguments)
-            if stats is not None:
-                arguments["stats"] = [s.at(block[0]) for s in stats] if isinstance(stats, list) else stats.at(block[0])
-            if method.random:
-                arguments["noise"] = [_noise(key, base, block) for key in keys]
-            floats = [donor[block].float() for donor in donors]
-            return method.merge(floats, base[block].float(), job.coefficients, **arguments)
-
-        output = stored[0].encoding.output
-        return Stored(output, output.encode(stored[0].shape, device, values, CHUNK_ELEMENTS, watch))
+        arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
+        keys = self._noise_keys(part, job) if method.random else ()
+        merge = PartMerge(method, base, donors, job.coefficients, arguments, keys)
+        output, shape = stored[0].encoding.output, stored[0].shape
+        if compiled := merge.compiled():
+            self._n_compiled += 1
+            return Stored(output, (compiled.into(shape, target),))
+        return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
 
     def _measure(self, part: Part, job: _Job, base: Operand, donors: list[Operand]) -> Any:
         """What the job's method wants to know of the whole part; measured once, then remembered."""
@@ -248,11 +264,3 @@ class Materializer:
             if keep:
                 self._resident[holder.path, name] = piece
         return piece
-
-
-def _noise(key: Key, matrix: Operand, block: Block) -> Tensor:
-    """Uniform numbers for a block, numbered by the elements of the matrix."""
-    rows, columns = block
-    n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
-    start = rows.start * matrix.shape[1] + columns.start
-    return uniforms(key, start, n_rows * n_columns, matrix.device).view(n_rows, n_columns)

@@ -57,6 +57,7 @@ class Worker:
                 "generate_seconds": time.perf_counter() - generate_start,
                 "n_written": report.n_written,
                 "n_skipped": report.n_skipped,
+                "n_compiled": report.n_compiled,
                 "samples": self._samples(problems, completions),
             },
         )

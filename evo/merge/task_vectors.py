@@ -82,7 +82,7 @@ def elected_sum(weighted: Sequence[Tensor], weights: Sequence[float], normalize:
     agreeing = [x.mul_(sign).clamp_min_(0.0) for x in weighted]
     merged = total_of(agreeing)
     if normalize:
-        merged /= at_least_something(total_of([x.sign_().mul_(w) for x, w in zip(agreeing, weights, strict=True)]))
+        merged /= at_least_something(total_of([x.gt_(0.0).mul_(w) for x, w in zip(agreeing, weights, strict=True)]))
     return merged.mul_(sign)
 
 

@@ -1,0 +1,86 @@
+"""Writes a safetensors file tensor by tensor, in any order, so that one tensor at a time is in memory.
+
+The format (https://github.com/huggingface/safetensors#format): the length of a JSON header, the header, which places
+every tensor, and the tensors. All shapes are known before the first tensor is there, so the header comes first. The
+bytes are those that safetensors' own `save_file` writes, which wants all tensors at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evo.encodings import TensorHeader
+
+_SIZES = {
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
+    "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes of a number, by dtype, in the order in which safetensors writes them: wide ones first keeps all aligned."""
+_ALIGNMENT = 8
+
+
+class SafetensorsWriter:
+    """One file.
+
+    Args:
+        path: of a file that is not there yet.
+        headers: name -> dtype and shape of every tensor that will be written.
+    """
+
+    def __init__(self, path: Path, headers: Mapping[str, TensorHeader]) -> None:
+        rank = {dtype: i for i, dtype in enumerate(_SIZES)}
+        order = sorted(headers, key=lambda name: (rank[headers[name].dtype], name))
+        self._places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in order:
+            start, end = end, end + _SIZES[headers[name].dtype] * math.prod(headers[name].shape)
+            self._places[name] = (start, end)
+        text = _header(headers, self._places)
+        self._start = 8 + len(text)
+        self._missing = set(order)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text), 0)
+        os.posix_fallocate(self._file, 0, self._start + end)  # a full disk is noticed now
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its place."""
+        start, end = self._places[name]
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert len(data) == end - start, f"{name} has the shape and dtype that were announced"
+        _write_all(self._file, data, self._start + start)
+        self._missing.remove(name)
+
+    def sync(self) -> None:
+        """Wait until the disk has it."""
+        os.fsync(self._file)
+
+    def close(self) -> bool:
+        """Close the file.
+
+        Returns:
+            whether all of its tensors have been written.
+        """
+        os.close(self._file)
+        return not self._missing
+
+
+def _header(headers: Mapping[str, TensorHeader], places: Mapping[str, tuple[int, int]]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, ends in places.items():
+        entries[name] = {"dtype": headers[name].dtype, "shape": headers[name].shape, "data_offsets": ends}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % _ALIGNMENT)
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        n = os.pwrite(file, data, offset)
+        data, offset = data[n:], offset + n

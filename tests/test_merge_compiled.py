@@ -1,0 +1,157 @@
+"""Compiled loops have the bits of merges on tensors, and candidates share them."""
+
+import logging
+
+import pytest
+import torch
+
+from evo.checkpoint import Checkpoint
+from evo.materializer import Materializer
+from evo.merge import METHODS, apply, get_method, kernels
+from evo.merge.apply import PartMerge
+from evo.merge.blocks import as_matrix
+from evo.merge.kernels import find_compiler, fuse
+from evo.merge.noise import stream_key
+from evo.merge.tape import Tape
+from search_spaces.recipe import Recipe, Rule, Source
+from tests.merging import SETTINGS, arguments_of
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
+COMPILED = ["linear", "ties", "dare_ties", "della", "sce", "model_stock", "ram", "arcee_fusion", "nearswap"]
+"""Between them they use every operation that a loop knows."""
+
+
+def part_merge(name, dtype=torch.bfloat16, shape=(37, 1031), coefficients=(0.3, 0.45), scale=1.0):
+    """A merge of random matrices that hold zeros of both signs, denormals, and equal magnitudes."""
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(shape, generator=generator) * scale
+    donors = {d: base + 0.1 * scale * torch.randn(shape, generator=generator) for d in "ab"}
+    for tensor in (base, *donors.values()):
+        flat = tensor.view(-1)
+        flat[torch.randint(flat.numel(), (flat.numel() // 50,), generator=generator)] = -0.0
+        flat[torch.randint(flat.numel(), (flat.numel() // 50,), generator=generator)] = 3e-39
+    base, donors = base.to(dtype), {d: donor.to(dtype) for d, donor in donors.items()}
+    arguments = arguments_of(name, donors, base, SETTINGS.get(name, {}))
+    arguments.pop("noise", None)
+    keys = [stream_key(0, d) for d in donors] if get_method(name).random else []
+    matrices = [as_matrix(donor) for donor in donors.values()]
+    return PartMerge(get_method(name), as_matrix(base), matrices, coefficients, arguments, keys)
+
+
+def on_tensors(merge):
+    n_rows, n_columns = merge.base.shape
+    return merge.block((slice(0, n_rows), slice(0, n_columns))).to(merge.base.dtype)
+
+
+def loop_of(merge):
+    fused = fuse(merge.method, [merge.base, *merge.donors], merge.coefficients, merge.arguments, merge.keys)
+    assert fused is not None
+    return fused
+
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", COMPILED)
+def test_same_bits(name):
+    merge = part_merge(name)
+    found = torch.empty_like(merge.base)
+    loop_of(merge).run(found)
+    assert torch.equal(bits(found), bits(on_tensors(merge)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-38, 1e4])
+def test_same_bits_in_other_dtypes_and_at_both_ends_of_their_range(dtype, scale):
+    merge = part_merge("ties", dtype, scale=scale, coefficients=(0.7, 1.2))
+    found = torch.empty_like(merge.base)
+    loop_of(merge).run(found)
+    assert torch.equal(bits(found), bits(on_tensors(merge)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["linear", "della"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2049), (3, 1), (5, 7), (2, 1024)])
+def test_same_bits_in_every_shape_and_from_every_element(name, shape):
+    merge = part_merge(name, shape=shape)
+    expected = on_tensors(merge).view(-1)
+    for begin in {0, 1, expected.numel() // 2}:
+        found = torch.empty_like(expected[begin:])
+        loop_of(merge).run(found, begin)
+        assert torch.equal(bits(found), bits(expected[begin:]))
+
+
+@needs_compiler
+def test_threads_do_not_change_a_bit(monkeypatch):
+    merge = part_merge("della")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = torch.empty_like(merge.base)
+    loop_of(merge).run(found)
+    assert torch.equal(bits(found), bits(on_tensors(merge)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", ["same", "float32", "transposed"])
+def test_a_slot_is_written_directly_where_it_can_hold_the_bits(target, monkeypatch):
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    merge = part_merge("della")
+    slot = torch.empty_like(merge.base, dtype=torch.float32 if target == "float32" else None)
+    if target == "transposed":
+        slot = torch.empty(merge.base.shape[::-1], dtype=merge.base.dtype).T
+    merged = merge.compiled().into(slot.shape, slot)
+    assert (merged is slot) == (target == "same")
+    assert torch.equal(merged, on_tensors(merge))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_candidates_share_a_loop(name):
+    """Every method can be recorded, and other coefficients and statistics give the same operations."""
+    keys = set()
+    for coefficients, scale in (((0.3, 0.45), 4.0), ((0.12, 0.41), 5.0)):
+        merge, tape = part_merge(name, coefficients=coefficients, scale=scale), Tape(3)
+        noise = {"noise": [tape.symbol("noise", d) for d in range(2)]} if merge.method.random else {}
+        base, *donors = tape.inputs
+        keys.add(tape.key(merge.method.merge(donors, base, coefficients, **merge.arguments, **noise)))
+    assert len(keys) == 1
+
+
+def test_a_missing_compiler_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "find_compiler", lambda: None)
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    kernels._loops.clear()
+    kernels._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for name in ("linear", "nearswap"):
+            assert part_merge(name).compiled() is None
+    kernels._loops.clear()
+    assert [record.message.count("no C++ compiler") for record in caplog.records] == [1]
+
+
+@needs_compiler
+def test_a_loop_with_other_bits_is_not_used(monkeypatch, caplog):
+    """Such as from a compiler that contracts a product and a sum, whatever it has been told."""
+    source_of = kernels.source_of
+    monkeypatch.setattr(kernels, "source_of", lambda *key: source_of(*key).replace("+ 0x7fffu", "+ 0x7ffeu"))
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    kernels._loops.clear()
+    assert part_merge("linear").compiled() is None
+    kernels._loops.clear()
+    assert "other bits" in caplog.text
+
+
+@needs_compiler
+def test_models_and_exports_get_the_same_bits_with_and_without_a_compiler(moe_parents, monkeypatch):
+    checkpoints = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
+    sources = {name: Source(str(path)) for name, path in moe_parents.items()}
+    recipe = Recipe(sources, "b", "a", (Rule("linear", {"a": 0.3}),))
+    on_tensors = dict(Materializer(checkpoints).stream(recipe))
+    slots = {name: torch.empty_like(tensor) for name, tensor in on_tensors.items()}
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    report = Materializer(checkpoints, slots).write(recipe.to_dict())
+    assert report.n_compiled == report.n_written > 0
+    streamed = dict(Materializer(checkpoints).stream(recipe))
+    for name, tensor in on_tensors.items():
+        assert torch.equal(slots[name], tensor) and torch.equal(streamed[name], tensor), name
