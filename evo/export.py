@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,6 @@ from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.safetensors_writer import SafetensorsWriter
 from search_spaces.recipe import Recipe
-
-SYNC_BYTES = 1 << 25
-"""The disk is kept busy with pieces of this size."""
 
 
 class ExportError(ValueError):
@@ -113,18 +109,14 @@ def _write_weights(tensors: Iterator[tuple[str, Tensor]], interface: Checkpoint,
     """Tensor by tensor, each to its place: `tensors` comes in the order of the index, which may jump between files."""
     weight_map, headers = interface.written_map(), _written_headers(interface)
     writers: dict[str, SafetensorsWriter] = {}
-    n_bytes = n_sent = 0
+    n_bytes = 0
     try:
-        with ThreadPoolExecutor(1) as disk:  # it writes while the next tensors are being merged
-            for name, tensor in tensors:
-                if (file := weight_map[name]) not in writers:
-                    inside = {n: header for n, header in headers.items() if weight_map[n] == file}
-                    writers[file] = SafetensorsWriter(folder / file, inside)
-                writers[file].write(name, tensor)
-                n_bytes += tensor.numel() * tensor.element_size()
-                if n_bytes - n_sent > SYNC_BYTES:
-                    disk.submit(writers[file].sync)
-                    n_sent = n_bytes
+        for name, tensor in tensors:
+            if (file := weight_map[name]) not in writers:
+                inside = {n: header for n, header in headers.items() if weight_map[n] == file}
+                writers[file] = SafetensorsWriter(folder / file, inside)
+            writers[file].write(name, tensor)
+            n_bytes += tensor.numel() * tensor.element_size()
     except OSError as error:
         raise ExportError(f"cannot write to {folder.parent}: {error.strerror}") from error
     finally:

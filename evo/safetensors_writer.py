@@ -58,10 +58,6 @@ class SafetensorsWriter:
         _write_all(self._file, data, self._start + start)
         self._missing.remove(name)
 
-    def sync(self) -> None:
-        """Wait until the disk has it."""
-        os.fsync(self._file)
-
     def close(self) -> bool:
         """Close the file.
 
