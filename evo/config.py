@@ -264,7 +264,7 @@ def load_config(path: str | Path) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
     config = _resolve_paths(config, path.resolve().parent)
-    places = [*_check_files(config), *_check_knobs(config)]
+    places = [*_check_files(config), *_check_knobs(config), *_check_capabilities(config)]
     problems = [_at(path, lines, place, message) for place, message in places]
     problems += [_describe(path, lines, error, config) for error in _check_options(config)]
     if problems:
@@ -340,6 +340,21 @@ def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
                 raise ValueError(f"expected [low, high] with low < high, got {list(ends)}")
         except ValueError as error:
             yield ("space", "knobs", name), str(error)
+
+
+def _check_capabilities(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a component says it `needs` of the engine, and the engine does not have."""
+    engines = {name: pkgutil.resolve_name(target).capabilities for name, target in ENGINES.items()}
+    for section, table in (("space", SPACES), ("task", TASKS)):
+        kind = getattr(config, section).kind
+        needs: frozenset[str] = getattr(pkgutil.resolve_name(table[kind]), "needs", frozenset())
+        if missing := needs - engines[config.engine.kind]:
+            able = ", ".join(name for name, has in engines.items() if needs <= has) or "none yet"
+            yield (
+                (section, "kind"),
+                f"{kind!r} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
+                f"engines that have it: {able}",
+            )
 
 
 def _resolve_paths(config: Config, folder: Path) -> Config:

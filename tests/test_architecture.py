@@ -33,7 +33,7 @@ HOMES = {  # third-party library -> where alone it may be imported
     "rich": ("evo/terminal.py", "evo/cli.py"),
     "typer": "evo/cli.py",
     "pydantic": ("evo/config.py", "evo/cli.py"),
-    "transformers": "fitness/engines/transformers.py",
+    "transformers": "fitness/engines/",
     "vllm": "fitness/engines/vllm.py",
     "datasets": "fitness/tasks/",
     "ray": "evo/ray_pool.py",
