@@ -2,7 +2,7 @@
 
 `model.generate` computes every row of a batch until the longest has ended. Answers differ in length many
 times over (that is what a search here is about), so here finished rows leave at once, and prompts that wait
-join as soon as there is room for JOIN_SHARE of a batch.
+join as soon as enough rows are free to be worth a forward pass of their own.
 
 The text depends on the prompts, their order and the batch size, and on nothing else; in float32, in practice,
 on the prompt alone.
@@ -24,9 +24,6 @@ from transformers import DynamicCache
 
 from fitness.engines.columns import Columns
 from fitness.engines.sampling import Sampler
-
-JOIN_SHARE = 0.125
-"""Prompts join once this share of the batch is free: a forward pass over prompts costs as much as a step."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,29 @@ class Decoder:
     def decode(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
         """The continuation of each request, in order, the stop token included.
 
+        Longest prompts go first: neighbours need little padding, and what tends to take long does not come last.
+
         Raises:
             FloatingPointError: if logits are not finite.
         """
-        batches = [requests] if self._refill else [
-            requests[i : i + batch_size] for i in range(0, len(requests), batch_size)
-        ]  # fmt: skip
-        return [ids for batch in batches for ids in self._run(batch, batch_size)]
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
+        size = max(1, len(requests) if self._refill else batch_size)
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        done = {
+            i: ids
+            for batch in batches
+            for i, ids in zip(batch, self._run([requests[i] for i in batch], batch_size), strict=True)
+        }
+        return [done[i] for i in range(len(requests))]
 
     def _run(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
         done: list[list[int]] = [[] for _ in requests]
         waiting = [i for i, request in enumerate(requests) if request.max_tokens > 0]
         batch = _Batch(requests, min(batch_size, len(waiting)), self._model.device)
         cache = Columns(batch.capacity) if self._refill else DynamicCache(config=self._model.config)
-        least = max(1, int(JOIN_SHARE * batch.capacity))
         while waiting or batch.n_rows:
             n_free = batch.capacity - batch.n_rows
-            if waiting and (n_free >= least or not batch.n_rows):
+            if waiting and (n_free >= batch.worth_joining() or not batch.n_rows):
                 joining, waiting = waiting[:n_free], waiting[n_free:]
                 logits = self._prefill(batch, cache, joining)
                 rows = slice(batch.n_rows - len(joining), batch.n_rows)
@@ -87,7 +90,7 @@ class Decoder:
                 logits, rows = self._step(batch, cache), slice(0, batch.n_rows)
             finished = self._write(batch, logits, rows)
             for row in finished:
-                done[batch.index[row]] = batch.written(row)
+                done[batch.index[row]] = batch.end(row)
             if finished and self._refill:
                 batch.keep(cache.drop(finished))
             elif finished and batch.finished.all():
@@ -142,6 +145,7 @@ class _Batch:
         self.index = np.zeros(0, np.int64)  # (B,) which request each row continues
         self.length = np.zeros(0, np.int64)  # (B,) tokens of prompt and continuation
         self.finished = np.zeros(0, np.bool_)  # (B,)
+        self._n_ended = self._n_tokens = 0
         self._n_prompt = np.array([len(r.ids) for r in requests], np.int64)
         self._limits = np.array([r.max_tokens for r in requests], np.int64)
         self._seeds = np.array([r.seed for r in requests], np.uint64)
@@ -204,10 +208,21 @@ class _Batch:
         tokens = self.tokens[rows, :longest]
         return torch.where(there.to(self._device), tokens, tokens[:, :1])
 
-    def written(self, row: int) -> list[int]:
-        """The continuation of a row."""
+    def end(self, row: int) -> list[int]:
+        """The continuation of a row that has ended."""
         n_prompt = self._n_prompt[self.index[row]]
-        return list(self.tokens[row, n_prompt : self.length[row]].tolist())
+        written: list[int] = self.tokens[row, n_prompt : self.length[row]].tolist()
+        self._n_ended, self._n_tokens = self._n_ended + 1, self._n_tokens + len(written)
+        return written
+
+    def worth_joining(self) -> int:
+        """How many rows should be free before prompts join.
+
+        A pass over prompts costs about a step. With a share f of the rows free before each, a row takes 1/f of
+        a pass over prompts and n/(1 - f/2) steps per batch: least at f = sqrt(2/n), n being the mean length.
+        """
+        mean = self._n_tokens / max(1, self._n_ended)
+        return int(min(0.5, (2 / max(1.0, mean)) ** 0.5) * self.capacity) or 1
 
     def keep(self, order: list[int]) -> None:
         """Take the rows in this order and forget the others."""

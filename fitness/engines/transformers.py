@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StopStringCriteria
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -81,9 +81,6 @@ class TransformersEngine:
             torch.tensor(self._stop_ids, device=self.device),
             self._find_stop_strings if self._decoding.stop else None,
             refill=is_columnar(self._model.config),
-        )
-        self._stop_strings = (
-            StopStringCriteria(self._tokenizer, list(self._decoding.stop)) if self._decoding.stop else None
         )
         self._end_of_thought: int | None = self._tokenizer.get_vocab().get("</think>")
         self._context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -154,10 +151,9 @@ class TransformersEngine:
         return rows_that_fit(row_bytes, free_bytes(self.device), self.device)
 
     def _find_stop_strings(self, tail: Tensor) -> Tensor:
-        shown = torch.where(tail < 0, self._stop_ids[0], tail)  # a stop token is part of no stop string
-        assert self._stop_strings is not None
-        found: Tensor = self._stop_strings(shown, None)
-        return found
+        texts = (self._tokenizer.decode([i for i in row if i >= 0]) for row in tail.tolist())
+        found = [any(string in text for string in self._decoding.stop) for text in texts]
+        return torch.tensor(found, device=tail.device)
 
     def _completion(self, ids: list[int], max_tokens: int) -> Completion:
         by_token = bool(ids) and ids[-1] in self._stop_ids
