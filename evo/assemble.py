@@ -85,6 +85,7 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
         {name: str(path) for name, path in config.sources.items()},
         max_tokens=config.engine.max_tokens,
         objectives=config.objectives,
+        orderliness=config.orderliness,
         samples=options.get("decoding", Decoding()).samples,
         seed=config.seed,
     )

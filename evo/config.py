@@ -9,6 +9,7 @@ import difflib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -26,6 +27,7 @@ from pydantic import (
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
+from fitness.orderliness import Orderliness
 from fitness.tasks import TASKS
 from search_spaces import SPACES
 
@@ -191,6 +193,8 @@ class Config(_Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     objectives: tuple[Literal["error", "tokens"], ...] = ("error", "tokens")
     constraints: Constraints = Field(default_factory=lambda: Constraints.model_validate({}))
+    orderliness: Orderliness = Field(default_factory=Orderliness)
+    """What counts as repetition and as self-correction in the figures beside accuracy and tokens."""
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
     seed: int = Field(0, ge=0)
@@ -236,6 +240,7 @@ class Config(_Section):
         return tuple(self.space.donors or (name for name in self.parents if name != self.space_base))
 
 
+TABLE_FILES = (".jsonl", ".json", ".parquet")
 SAFE_KEYS = ("budget", "tracking", "engine.threads")
 """Keys that may differ when a run goes on; any other would make its results incomparable."""
 
@@ -299,7 +304,8 @@ def component_options(component: _Component, table: Mapping[str, str]) -> dict[s
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
     """
     target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    built = target.func if isinstance(target, partial) else target
+    hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
         for name, parameter in inspect.signature(target).parameters.items()
@@ -324,9 +330,15 @@ def _check_files(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         if not path.is_dir():
             place = ("base",) if name == "base" else ("parents", name)
             yield place, f"no checkpoint folder at {path}"
-    table = config.task.options.get("path")
-    if isinstance(table, str) and table.endswith((".jsonl", ".json")) and not Path(table).is_file():
-        yield ("task", "path"), f"no file at {table}"
+    for key, table in _table_files(config.task.options):
+        if not Path(table).is_file():
+            yield ("task", key), f"no file at {table}"
+
+
+def _table_files(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Options of a task that name files, as (key, path)."""
+    found = [(key, options.get(key)) for key in ("path", "test_path")]
+    return [(key, path) for key, path in found if isinstance(path, str) and path.endswith(TABLE_FILES)]
 
 
 def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -362,9 +374,9 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     data["parents"] = {name: str((folder / path).resolve()) for name, path in config.parents.items()}
     if config.base:
         data["base"] = str((folder / config.base).resolve())
-    table = data["task"].get("path")
-    if isinstance(table, str) and table.endswith((".jsonl", ".json")):
-        data["task"]["path"] = str((folder / table).resolve())
+    for part in (data["task"], *data["task"].get("tasks", ())):
+        for key, table in _table_files(part) if isinstance(part, dict) else ():
+            part[key] = str((folder / table).resolve())
     return Config.model_validate(data)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from evo.types import Candidate, Evaluation, Status
 from fitness.evaluator import Evaluator
 from fitness.objectives import losses
+from fitness.orderliness import Orderliness
 from fitness.types import Completion, Engine, Problem, Split, Task
 
 N_SAMPLES = 3
@@ -29,11 +30,12 @@ class Worker:
         *,
         max_tokens: int,
         objectives: Sequence[str],
+        orderliness: Orderliness,
         samples: int = 1,
         seed: int = 0,
     ) -> None:
         self._engine = engine
-        self._evaluator = Evaluator(engine, task, max_tokens, samples, seed)
+        self._evaluator = Evaluator(engine, task, max_tokens, orderliness, samples, seed)
         self._task = task
         self._objectives = objectives
         self._problems: dict[Split, list[Problem]] = {}

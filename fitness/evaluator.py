@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from fitness.orderliness import Orderliness
 from fitness.types import Completion, Engine, Problem, Score, Task
 
 
@@ -16,6 +17,7 @@ class Evaluator:
     """Asks an engine, grades with a task. Keeps nothing between calls.
 
     Args:
+        orderliness: what counts as orderly.
         samples: completions of each problem.
         seed: of the draws, which are the same for every model that is scored with it.
     """
@@ -23,6 +25,7 @@ class Evaluator:
     engine: Engine
     task: Task
     max_tokens: int
+    orderliness: Orderliness = field(default_factory=Orderliness)
     samples: int = 1
     seed: int = 0
 
@@ -34,11 +37,15 @@ class Evaluator:
         completions = self.engine.generate(prompts, max_tokens=self.max_tokens, seeds=seeds)
         verdicts = [self.task.grade(p, c) for p, c in zip(repeated, completions, strict=True)]
         shape = (len(problems), self.samples)
+        order = [self.orderliness.measure(completion) for completion in completions]
         score = Score(
             problem_ids=tuple(problem.id for problem in problems),
             verdicts=np.array(verdicts, np.uint8).reshape(shape),
             n_tokens=np.array([c.n_tokens for c in completions], np.int32).reshape(shape),
             n_think_tokens=np.array([c.n_think_tokens for c in completions], np.int32).reshape(shape),
+            orderliness={
+                name: np.array([measured[name] for measured in order]).reshape(shape) for name in (order or [{}])[0]
+            },
         )
         n = self.samples
         return score, [completions[i : i + n] for i in range(0, len(completions), n)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +48,8 @@ class Verdict(IntEnum):
     """No answer was found."""
     TRUNCATED = 3
     """Cut off by the token limit: counts as wrong whatever it says, so that a cap never buys accuracy."""
+    TIMEOUT = 4
+    """The grader could not tell in time: counts as wrong, and is reported apart."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class Score:
     """Shape (P, S)."""
     n_think_tokens: NDArray[np.int32]
     """Shape (P, S)."""
+    orderliness: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Figure -> (P, S); see fitness.orderliness. Summarised, and not kept by the ledger beyond that."""
 
     @property
     def n_problems(self) -> int:
@@ -177,7 +181,9 @@ class Score:
             "think_tokens_mean": float(self.n_think_tokens.mean()),
             "truncated": self.truncated,
             "unparsable": float((self.verdicts == Verdict.UNPARSABLE).mean()),
+            "grader_timeouts": float((self.verdicts == Verdict.TIMEOUT).mean()),
             "n_generated": self.n_generated,
+            **{name: float(values.mean()) for name, values in self.orderliness.items()},
         }
 
 

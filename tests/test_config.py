@@ -49,7 +49,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("{candidates: 10}", "{}"): ["at least one of candidates, tokens, hours"],
     ("kind: cma_es", "kind: cma_ess"): ["search.yaml:7", "'cma_ess'", "did you mean 'cma_es'?"],
     ("kind: block", "kind: blocks"): ["search.yaml:4", "did you mean 'block'?"],
-    ("kind: arithmetic", "kind: gsm8k"): ["search.yaml:5", "no task is called 'gsm8k'", "arithmetic, table"],
+    ("kind: arithmetic", "kind: gsm9k"): ["search.yaml:5", "no task is called 'gsm9k'", "did you mean 'gsm8k'?"],
     ("sigma: 0.2", "sgma: 0.2"): ["search.yaml:7: optimizer.sgma", "did you mean 'sigma'?"],
     ("sigma: 0.2", "sigma: wide"): ["search.yaml:7: optimizer.sigma", "valid number", "'wide'"],
     ("dtype: float32", "dtipe: float32"): ["search.yaml:6: engine.dtipe", "did you mean 'dtype'?"],
