@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import (
@@ -314,6 +314,27 @@ def component_options(component: _Component, table: Mapping[str, str]) -> dict[s
     model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
     validated = model.model_validate(component.options)
     return {name: getattr(validated, name) for name in validated.model_fields_set}
+
+
+ComponentT = TypeVar("ComponentT", bound=_Component)
+
+
+def validated(section: type[ComponentT], table: Mapping[str, str], values: Mapping[str, Any]) -> ComponentT:
+    """A section of a config on its own, with its component's options checked.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what came.
+    """
+    try:
+        component = section.model_validate(dict(values))
+        component_options(component, table)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or section.__name__}: {str(e['msg']).removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise ConfigError("\n".join(lines)) from None
+    return component
 
 
 def _check_options(config: Config) -> Iterator[dict[str, Any]]:

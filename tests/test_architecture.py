@@ -37,6 +37,9 @@ HOMES = {  # third-party library -> where alone it may be imported
     "vllm": "fitness/engines/vllm.py",
     "datasets": "fitness/tasks/",
     "ray": "evo/ray_pool.py",
+    "lm_eval": "evo/scoring.py",
+    "math_verify": "fitness/math_verify.py",
+    "reasoning_gym": "fitness/tasks/reasoning_gym.py",
     "sqlite3": "evo/ledger.py",
 }
 

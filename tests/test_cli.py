@@ -129,7 +129,7 @@ def test_a_bad_config_is_told_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["front"], ["export"], ["status"], ["stop"], ["sync"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["front"], ["export"], ["status"], ["stop"], ["sync"], ["eval"]])
 def test_help_is_worth_reading(command):
     result = mergefront(*command, "--help")
     assert result.returncode == 0 and len(result.stdout) > 300
