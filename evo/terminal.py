@@ -80,12 +80,13 @@ def share_spent(history: History) -> float:
 def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Table:
     """Members of the front, then parents and baselines that are not on it. Fits 80 columns.
 
-    "repeats" is the share of n-grams that were there before, "waits" self-corrections per 100 tokens.
+    "correct" is the tokens of correct answers, "rep" the share of n-grams that were there before, "waits"
+    self-corrections per 100 tokens.
     """
     title = f"Pareto front: {len(front.members)} of {len(front.evaluated)} models"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ["id", "model", "accuracy %", "tokens", "p90", "cut off %"]
-    columns += ["held-out %", "tokens", "drop"] if held_out else ["correct only", "repeats %", "waits"]
+    columns += ["held-out %", "tokens", "drop"] if held_out else ["correct", "rep %", "waits"]
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in front.members if limit is None else spread(front.members, limit):
