@@ -6,8 +6,10 @@ import pkgutil
 
 import numpy as np
 
+from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, check_compatible
 from evo.config import Config, component_options
+from evo.hub import origin
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem, Start
 from evo.pareto import Scale
@@ -78,7 +80,7 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
     options = component_options(config.engine, ENGINES)
     if options.get("batch_size") == "auto" and batch_size is not None:
         options["batch_size"] = batch_size
-    engine = engine_class(str(config.parents[config.interface_parent]), **options)
+    engine = engine_class(str(config.sources[config.interface_parent]), **options)
     return Worker(
         engine,
         task,
@@ -93,12 +95,13 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
 
 def recipe_sources(config: Config, digests: dict[str, str]) -> dict[str, Source]:
     """The sources that recipes of a run name."""
-    return {name: Source(str(path), digests.get(name)) for name, path in config.sources.items()}
+    origins = {name: origin(path) for name, path in config.sources.items()}
+    return {name: Source(place, digests.get(name), revision) for name, (place, revision) in origins.items()}
 
 
 def source_digests(config: Config) -> dict[str, str]:
     """Source name -> content digest. Reads every byte of every checkpoint."""
-    return {name: Checkpoint.open(path).digest() for name, path in config.sources.items()}
+    return {name: checkpoint.digest() for name, checkpoint in open_checkpoints(config.sources).items()}
 
 
 def open_sources(config: Config) -> dict[str, Checkpoint]:
@@ -107,9 +110,20 @@ def open_sources(config: Config) -> dict[str, Checkpoint]:
     Raises:
         CheckpointError: with what is wrong.
     """
-    checkpoints = {name: Checkpoint.open(path) for name, path in config.sources.items()}
-    check_compatible(checkpoints)
+    checkpoints = open_checkpoints(config.sources)
+    checkpoints[config.interface_parent].written_map()  # an adapter has none
+    check_compatible(checkpoints, common_rows=config.vocabulary == "common")
     return checkpoints
+
+
+def unscored_note(name: str, interface: Checkpoint) -> str | None:
+    """What to tell of tensors that children get from their interface parent and no score knows of."""
+    if not (unscored := interface.layout.unscored):
+        return None
+    return (
+        f"{len(unscored)} tensor(s) are not used to generate text, so nothing scores them; exports get those of "
+        f"{name!r}: {', '.join(unscored[:3])}{', ...' if len(unscored) > 3 else ''}"
+    )
 
 
 def search_problem(

@@ -13,7 +13,8 @@ _MAX_RULES = 40
 def model_card(row: Row, recipe: Recipe, front: Front, config: Config) -> str:
     """README.md of an exported checkpoint, in Markdown."""
     parents = "\n".join(
-        f"| {name} | `{source.path}` | `{(source.digest or 'unknown')[:16]}` |"
+        f"| {name} | `{source.path}{'@' if source.revision else ''}{source.revision or ''}` "
+        f"| `{(source.digest or 'unknown')[:16]}` |"
         for name, source in recipe.sources.items()
     )
     return f"""---

@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from evo.encodings import EncodingError, Entry, Stored, TensorHeader, find_entries
-from search_spaces.layout import Layout, parse_layout
+from evo.encodings.foreign import advice, refuse
+from evo.encodings.fp8_blocks import holds_nan
+from search_spaces.layout import Layout, is_by_token, parse_layout
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -37,6 +39,9 @@ class CheckpointError(ValueError):
 
 class Checkpoint:
     """One checkpoint folder. Opening it reads headers only; tensors are read one by one, when asked for."""
+
+    digest_files: tuple[str, ...] = INTERFACE_FILES
+    """Files besides the weights that count as its content."""
 
     def __init__(self, path: Path, weight_map: dict[str, str], headers: dict[str, TensorHeader]) -> None:
         self.path = path
@@ -62,21 +67,42 @@ class Checkpoint:
         if (path / INDEX_FILE).is_file():
             weight_map = _read_index(path)
         elif (path / SINGLE_FILE).is_file():
-            weight_map = dict.fromkeys(_read_header(path / SINGLE_FILE), SINGLE_FILE)
+            weight_map = dict.fromkeys(read_header(path / SINGLE_FILE), SINGLE_FILE)
         else:
             raise CheckpointError(_nothing_to_read(path))
         return cls(path, weight_map, _headers_of(path, weight_map))
 
     def _find_entries(self) -> dict[str, Entry]:
         try:
+            refuse(self.headers, self.quantization)
             return find_entries(self.headers, self.quantization)
         except EncodingError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
 
     @cached_property
     def layout(self) -> Layout:
-        """Where each tensor sits."""
-        return parse_layout({name: entry.shape for name, entry in self.entries.items()})
+        """Where each tensor sits.
+
+        Raises:
+            UnknownTensorError: if a tensor's role cannot be told.
+            CheckpointError: if a tensor that is to be merged holds no floats.
+        """
+        config = self._config_or_nothing()
+        n_blocks = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
+        layout = parse_layout({name: entry.shape for name, entry in self.entries.items()}, n_blocks)
+        merged = self.entries.keys() - set(layout.unscored)
+        if odd := [name for name in merged if not self.entries[name].encoding.is_float]:
+            raise CheckpointError(
+                f"{self.path}: {len(odd)} tensor(s) hold no numbers that can be merged: "
+                + ", ".join(f"{name} ({self.entries[name].encoding})" for name in sorted(odd)[:5])
+            )
+        return layout
+
+    @cached_property
+    def scored(self) -> dict[str, Entry]:
+        """The entries that a merge is about: all that generating text uses."""
+        unscored = set(self.layout.unscored)
+        return {name: entry for name, entry in self.entries.items() if name not in unscored}
 
     def tensor(self, piece: str) -> torch.Tensor:
         """Read one tensor of the files to the CPU, as it is."""
@@ -84,12 +110,18 @@ class Checkpoint:
         if file not in self._handles:
             self._handles[file] = safe_open(self.path / file, framework="pt")
         tensor: torch.Tensor = self._handles[file].get_tensor(piece)
+        if tensor.dtype == torch.float8_e4m3fn and holds_nan(tensor):
+            raise CheckpointError(f"{self.path / file}: {piece} holds NaN")
         return tensor
+
+    def holders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:
+        """Where the pieces of a tensor of the model are: checkpoints and what they call them."""
+        return tuple((self, piece) for piece in self.entries[name].pieces)
 
     def stored(self, name: str) -> Stored:
         """Read one tensor of the model to the CPU, in the bits of the files."""
-        entry = self.entries[name]
-        return Stored(entry.encoding, tuple(self.tensor(piece) for piece in entry.pieces))
+        pieces = (holder.tensor(piece) for holder, piece in self.holders(name))
+        return Stored(self.entries[name].encoding, tuple(pieces))
 
     def written_map(self) -> dict[str, str]:
         """Name -> file of the tensors of a merge that is laid out in files as this checkpoint is."""
@@ -99,12 +131,14 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any]:
         """What config.json says of how weights are stored."""
-        found = self.config().get("quantization_config") if (self.path / "config.json").is_file() else None
-        return found or {}
+        return self._config_or_nothing().get("quantization_config") or {}
+
+    def _config_or_nothing(self) -> dict[str, Any]:
+        return self.config() if (self.path / "config.json").is_file() else {}
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        data: dict[str, Any] = _read_json(self.path / "config.json")
+        data: dict[str, Any] = read_json(self.path / "config.json")
         return data
 
     @property
@@ -115,15 +149,19 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 (hex) over the content of the weights and of the interface files. Reads every byte."""
-        names = sorted({*self.weight_map.values(), *(n for n in INTERFACE_FILES if (self.path / n).is_file())})
+        names = sorted({*self.weight_map.values(), *(n for n in self.digest_files if (self.path / n).is_file())})
         with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter, so shards go in parallel
             digests = list(pool.map(lambda name: _file_digest(self.path / name), names))
         lines = "\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
+def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool = False) -> None:
     """Refuse checkpoints that cannot be merged tensor by tensor.
+
+    Args:
+        checkpoints: by name.
+        common_rows: let vocabularies differ by added and padded rows (see evo.vocabulary).
 
     Raises:
         CheckpointError: with the tensors, shapes, dtypes, architectures or vocabularies that differ.
@@ -132,14 +170,20 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
     problems: list[str] = []
     for name, other in others:
         problems += _config_differences(first_name, first, name, other)
-        missing = [t for t in first.entries if t not in other.entries]
-        extra = [t for t in other.entries if t not in first.entries]
+        problems += _token_differences(first_name, first, name, other, common_rows)
+        missing = [t for t in first.scored if t not in other.scored]
+        extra = [t for t in other.scored if t not in first.scored]
         problems += [f"{t}: in {first_name}, not in {name}" for t in missing]
         problems += [f"{t}: in {name}, not in {first_name}" for t in extra]
-        for tensor in first.entries.keys() & other.entries.keys():
+        for tensor in first.scored.keys() & other.scored.keys():
             entries = (first.entries[tensor], other.entries[tensor])
             here, there = (f"{entry.encoding.output} {list(entry.shape)}" for entry in entries)
-            if here != there:
+            if is_by_token(tensor) and _same_but_rows(*entries):
+                if not common_rows and here != there:
+                    low, high = sorted(entry.shape[0] for entry in entries)
+                    owner = first_name if entries[0].shape[0] == high else name
+                    problems.append(f"{tensor}: rows {low} to {high - 1} are in {owner} only. {_COMMON_ROWS}")
+            elif here != there:
                 problems.append(f"{tensor}: {here} in {first_name}, {there} in {name}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -152,36 +196,62 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> None:
 
 def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
     differences = []
-    for key in ("model_type", "architectures", "vocab_size", "tie_word_embeddings"):
+    for key in ("model_type", "architectures", "tie_word_embeddings"):
         here, there = a.config().get(key), b.config().get(key)
         if here != there:
             differences.append(f"config.json {key}: {here!r} in {a_name}, {there!r} in {b_name}")
-    vocabularies = [_vocabulary(c.path) for c in (a, b)]
-    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
-        changed = {
-            token
-            for token in {*vocabularies[0], *vocabularies[1]}  # type: ignore[misc]
-            if vocabularies[0].get(token) != vocabularies[1].get(token)  # type: ignore[union-attr]
-        }
+    return differences
+
+
+def _same_but_rows(a: Entry, b: Entry) -> bool:
+    return a.shape[1:] == b.shape[1:] and a.encoding.output == b.encoding.output
+
+
+_COMMON_ROWS = "`vocabulary: common` would merge the rows that all have, and take the others from the interface parent."
+
+
+def _token_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint, common_rows: bool) -> list[str]:
+    sizes = [c.config().get("vocab_size") for c in (a, b)]
+    differences = [f"config.json vocab_size: {sizes[0]!r} in {a_name}, {sizes[1]!r} in {b_name}"]
+    differences = differences if sizes[0] != sizes[1] and not common_rows else []
+    here, there = read_vocabulary(a.path), read_vocabulary(b.path)
+    if here is None or there is None:
+        return differences
+    changed = {token for token in {*here, *there} if here.get(token) != there.get(token)}
+    added = [(here.keys() & changed) - there.keys(), (there.keys() & changed) - here.keys()]
+    taken = {here[token] for token in added[0]} & set(there.values()) | {there[t] for t in added[1]} & set(
+        here.values()
+    )
+    if (here.keys() & there.keys() & changed) or taken:
         differences.append(
             f"tokenizer.json: {len(changed)} token(s) have another id in {b_name} than in {a_name}: "
             + ", ".join(repr(token) for token in sorted(changed)[:5])
         )
+    elif changed and not common_rows:
+        for owner, vocabulary, tokens in ((a_name, here, added[0]), (b_name, there, added[1])):
+            shown = ", ".join(f"{vocabulary[t]} ({t!r})" for t in sorted(tokens, key=vocabulary.__getitem__)[:5])
+            if tokens:
+                differences.append(f"tokenizer.json: {len(tokens)} row(s) are in {owner} only: {shown}. {_COMMON_ROWS}")
     return differences
 
 
-def _vocabulary(path: Path) -> dict[str, int] | None:
+def read_vocabulary(path: Path) -> dict[str, int] | None:
     """Token -> id of a fast tokenizer's file, or None where there is none."""
     if not (path / "tokenizer.json").is_file():
         return None
-    data = _read_json(path / "tokenizer.json")
+    data = read_json(path / "tokenizer.json")
     vocabulary = data.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # unigram models list [token, score]
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
     return {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -191,7 +261,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    index = _read_json(path / INDEX_FILE)
+    index = read_json(path / INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX_FILE}: expected a non-empty object 'weight_map'")
@@ -206,7 +276,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _headers_of(path: Path, weight_map: dict[str, str]) -> dict[str, TensorHeader]:
     """Headers in the order of the weight map; every tensor of every shard must be in it."""
-    by_file = {file: _read_header(path / file) for file in sorted(set(weight_map.values()))}
+    by_file = {file: read_header(path / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in by_file[file]:
             raise CheckpointError(f"{path / file}: tensor {name} is missing, though {INDEX_FILE} says it is there")
@@ -219,8 +289,12 @@ def _headers_of(path: Path, weight_map: dict[str, str]) -> dict[str, TensorHeade
     return {name: by_file[file][name] for name, file in weight_map.items()}
 
 
-def _read_header(file: Path) -> dict[str, TensorHeader]:
-    """Tensor headers of a safetensors file, after the library has checked the file as a whole."""
+def read_header(file: Path) -> dict[str, TensorHeader]:
+    """Tensor headers of a safetensors file, after the library has checked the file as a whole.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -244,6 +318,8 @@ def _nothing_to_read(path: Path) -> str:
             f"{path} holds {pickles[0]}, a pickle, which is never loaded here. Convert it first: "
             "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)"
         )
+    if ggufs := sorted(p.name for p in path.glob("*.gguf")):
+        return f"{path} holds {ggufs[0]}, which is not read. {advice('gguf')}"
     return f"{path}: expected {SINGLE_FILE} or {INDEX_FILE} in this folder"
 
 

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from evo.hub import HubError, download, is_id
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
@@ -181,12 +182,15 @@ class Config(_Section):
     """One search."""
 
     parents: dict[str, Path] = Field(min_length=2)
-    """Name -> checkpoint folder, relative to the config file."""
+    """Name -> checkpoint folder, relative to the config file, or "org/name" or "org/name@revision" on the Hub."""
     base: Path | None = None
     """The common ancestor of the parents, where there is one; called "base" in recipes."""
     interface: str | None = None
-    """The parent whose tokenizer, chat template, stop tokens, config and generation config children get.
-    Default: the first."""
+    """The parent (or base) whose tokenizer, chat template, stop tokens, config and generation config children get.
+    Default: the first parent."""
+    vocabulary: Literal["same", "common"] = "same"
+    """Whether parents may have tokens and rows of embeddings of their own: "common" merges the rows that all have
+    and takes the others from the interface parent."""
     space: SpaceConfig = Field(default_factory=SpaceConfig)
     task: TaskConfig
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig.model_validate({}))
@@ -207,7 +211,7 @@ class Config(_Section):
         if bad := [name for name in self.parents if not name.isidentifier()]:
             raise ValueError(f"parents: expected plain names (letters, digits, _), got {bad}")
         if self.interface is not None:
-            _known(self.interface, self.parents, "parent")
+            _known(self.interface, self.sources, "parent")
         for name in [*([self.space.base] if self.space.base else []), *(self.space.donors or [])]:
             _known(name, self.sources, "source")
         if self.space_base in self.space_donors:
@@ -246,7 +250,7 @@ SAFE_KEYS = ("budget", "tracking", "engine.threads")
 
 
 def load_config(path: str | Path) -> Config:
-    """Read, resolve and validate a YAML file.
+    """Read, resolve and validate a YAML file. Checkpoints that are named by an id are downloaded.
 
     Paths of checkpoints, and of tables that are files, are taken relative to the file.
 
@@ -268,8 +272,8 @@ def load_config(path: str | Path) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
-    config = _resolve_paths(config, path.resolve().parent)
-    places = [*_check_files(config), *_check_knobs(config), *_check_capabilities(config)]
+    config, places = _resolve_paths(config, path.resolve().parent)
+    places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config)]
     problems = [_at(path, lines, place, message) for place, message in places]
     problems += [_describe(path, lines, error, config) for error in _check_options(config)]
     if problems:
@@ -347,10 +351,6 @@ def _check_options(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _check_files(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    for name, path in config.sources.items():
-        if not path.is_dir():
-            place = ("base",) if name == "base" else ("parents", name)
-            yield place, f"no checkpoint folder at {path}"
     for key, table in _table_files(config.task.options):
         if not Path(table).is_file():
             yield ("task", key), f"no file at {table}"
@@ -390,15 +390,42 @@ def _check_capabilities(config: Config) -> Iterator[tuple[tuple[str, ...], str]]
             )
 
 
-def _resolve_paths(config: Config, folder: Path) -> Config:
+def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tuple[str, ...], str]]]:
+    """The config with absolute paths, and the checkpoints that are nowhere."""
     data = config.model_dump(mode="json")
-    data["parents"] = {name: str((folder / path).resolve()) for name, path in config.parents.items()}
-    if config.base:
-        data["base"] = str((folder / config.base).resolve())
+    missing: list[tuple[tuple[str, ...], str]] = []
+    for name, path in config.sources.items():
+        place: tuple[str, ...] = ("base",) if name == "base" else ("parents", name)
+        try:
+            found = str(_checkpoint_folder(path, folder))
+        except HubError as error:
+            missing.append((place, str(error)))
+            continue
+        if name == "base":
+            data["base"] = found
+        else:
+            data["parents"][name] = found
     for part in (data["task"], *data["task"].get("tasks", ())):
         for key, table in _table_files(part) if isinstance(part, dict) else ():
             part[key] = str((folder / table).resolve())
-    return Config.model_validate(data)
+    return Config.model_validate(data), missing
+
+
+def _checkpoint_folder(path: Path, folder: Path) -> Path:
+    """A folder of this name if there is one, else what the Hub has under it.
+
+    Raises:
+        HubError: if there is neither.
+    """
+    local = (folder / path).resolve()
+    if local.is_dir():
+        return local
+    if not is_id(path.as_posix()):
+        raise HubError(f"no checkpoint folder at {local}")
+    try:
+        return download(path.as_posix())
+    except HubError as error:
+        raise HubError(f"no checkpoint folder at {local}, and {error}") from error
 
 
 def _line_numbers(text: str) -> dict[tuple[str, ...], int]:

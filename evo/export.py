@@ -1,7 +1,7 @@
 """Writes a member of a front to disk as a checkpoint that plain `transformers` loads.
 
 The tensors come from the same function that wrote them into the resident model, rounded to the same stored
-dtype, so that loading the export gives the bits that were scored. Files are laid out as the base's are, and
+dtype, so that loading the export gives the bits that were scored. Files are laid out as the interface parent's are, and
 one file at a time is held in memory. Everything is written beside the target and moved in place at the end.
 """
 
@@ -23,6 +23,7 @@ from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
 from evo.checkpoint import INDEX_FILE, INTERFACE_FILES, SINGLE_FILE, Checkpoint
 from evo.config import Config
+from evo.encodings.rounding import Rounding
 from evo.front import Row, read_front
 from evo.ledger import Ledger
 from evo.materializer import Materializer
@@ -93,18 +94,21 @@ def write_checkpoint(
 ) -> None:
     """Write a recipe's checkpoint, whole or not at all."""
     with _beside(out, force) as folder:
-        base = sources[recipe.base]
-        _write_weights(Materializer(sources).stream(recipe), base, folder)
-        _copy_interface(sources[recipe.interface], folder)
+        interface, rounding = sources[recipe.interface], Rounding()
+        _write_weights(Materializer(sources).stream(recipe, rounding), interface, folder)
+        _copy_interface(interface, folder)
         for name, text in extra_files.items():
             (folder / name).write_text(text)
+        if rounding.errors:
+            with (folder / "README.md").open("a") as card:
+                card.write(f"\n## Rounding\n\n{rounding.summary()}\n")
 
 
-def _write_weights(tensors: Iterator[tuple[str, Tensor]], base: Checkpoint, folder: Path) -> None:
+def _write_weights(tensors: Iterator[tuple[str, Tensor]], interface: Checkpoint, folder: Path) -> None:
     """One file at a time. `tensors` comes in the order of the index, which may jump between files: a file is
     written as soon as it is complete.
     """
-    weight_map = base.written_map()
+    weight_map = interface.written_map()
     missing = dict.fromkeys(weight_map.values(), 0)
     for file in weight_map.values():
         missing[file] += 1
@@ -126,6 +130,9 @@ def _copy_interface(interface: Checkpoint, folder: Path) -> None:
     for name in INTERFACE_FILES:
         if (interface.path / name).is_file():
             shutil.copyfile(interface.path / name, folder / name)
+    if any(entry.encoding != entry.encoding.output for entry in interface.entries.values()):
+        config = {key: value for key, value in interface.config().items() if key != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _check_unchanged(config: Config, recorded: dict[str, Any]) -> None:

@@ -10,16 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
-from evo.encodings import Stored, stack
+from evo.copies import tied_heads, unscored_copies
+from evo.encodings import Stored, Watcher, stack
+from evo.encodings.rounding import Rounding
 from evo.merge import Method, Stats, get_method
 from evo.merge.blocks import Block, Operand
 from evo.merge.noise import Key, stream_key, uniforms
+from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe, Rule
 
@@ -46,6 +51,8 @@ class _Job:
 
     sources: tuple[str, ...]
     """The base, then the donors."""
+    interface: str
+    """Whose rows are taken where vocabularies differ."""
     method: Method | None = None
     coefficients: tuple[float, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -54,9 +61,9 @@ class _Job:
     """All that a part depends on besides its sources' bits, which never change while they are open."""
 
     @classmethod
-    def copy(cls, source: str) -> _Job:
+    def copy(cls, source: str, interface: str) -> _Job:
         """The stored bits of a source."""
-        return cls((source,), key=(source,))
+        return cls((source,), interface, key=(interface, source))
 
     @classmethod
     def of(cls, recipe: Recipe, rule: Rule) -> _Job:
@@ -72,10 +79,10 @@ class _Job:
         except ValueError as error:
             raise ValueError(f"{rule.method}: {error}") from None
         if (copied := method.copy_of(coefficients, **arguments)) is not None:
-            return cls.copy(sources[copied])
+            return cls.copy(sources[copied], recipe.interface)
         seed = recipe.seed if method.random else 0
-        key = (rule.method, *sources, *coefficients, *arguments.values(), seed)
-        return cls(sources, method, coefficients, arguments, seed, key)
+        key = (recipe.interface, rule.method, *sources, *coefficients, *arguments.values(), seed)
+        return cls(sources, recipe.interface, method, coefficients, arguments, seed, key)
 
 
 class Materializer:
@@ -98,21 +105,22 @@ class Materializer:
         self._slots = slots or {}
         first = next(iter(checkpoints.values()))
         self.layout: Layout = first.layout
-        self._canonical = _tied_names(first)
-        if slots is not None and (homeless := [n for n in first.entries if n not in slots]):
+        self._tied = tied_heads(first)
+        self._common = common_rows(checkpoints)
+        if slots is not None and (homeless := [n for n in first.scored if n not in slots]):
             raise CheckpointError(
                 f"{len(homeless)} tensor(s) of the checkpoint have no place in the resident model: "
                 + ", ".join(homeless[:5])
             )
         self._device = torch.device(device)
-        self._resident: dict[tuple[str, str], Stored] = {}  # (source, tensor) -> its bits, on the device
+        self._resident: dict[tuple[Path, str], Tensor] = {}  # (folder, name in its files) -> bits, on the device
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
 
     @classmethod
     def hosted(cls, slots: Mapping[str, Tensor], sources: Mapping[str, str]) -> Materializer:
         """The constructor an engine calls where its weights live: sources are name -> folder."""
-        return cls({name: Checkpoint.open(path) for name, path in sources.items()}, slots)
+        return cls(open_checkpoints(sources), slots)
 
     @torch.no_grad()
     def write(self, recipe: Mapping[str, Any]) -> UpdateReport:
@@ -120,6 +128,8 @@ class Materializer:
         start = time.perf_counter()
         n_written = n_skipped = written_bytes = 0
         for part, job in self._assign(Recipe.from_dict(recipe)).items():
+            if part.tensor in self._tied:
+                continue
             slot = self._slots[part.tensor]
             if self._written.get(part) == job.key:
                 n_skipped += 1
@@ -134,35 +144,50 @@ class Materializer:
         return UpdateReport(n_written, n_skipped, written_bytes, time.perf_counter() - start)
 
     @torch.no_grad()
-    def stream(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the merged checkpoint's files on the CPU, as it is stored, one at a time."""
-        rows: list[Stored] = []
-        assigned = list(self._assign(recipe, with_ties=True).items())
-        for (part, job), following in zip(assigned, [*assigned[1:], None], strict=True):
-            rows.append(self._part(part, job, self._device, keep=False).to("cpu"))
-            if following is None or following[0].tensor != part.tensor:
-                merged = rows[0] if part.row is None else stack(rows)
-                for suffix, piece in zip(merged.encoding.suffixes, merged.pieces, strict=True):
-                    yield part.tensor + suffix, piece
-                rows = []
+    def stream(self, recipe: Recipe, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the merged checkpoint's files on the CPU, as it is stored, one at a time.
 
-    def _assign(self, recipe: Recipe, with_ties: bool = False) -> dict[Part, _Job]:
-        """Part -> job. A tied tensor takes the rule of the tensor it is tied to."""
+        They are those of the interface parent, in its order. Unscored tensors are copied from it; those that
+        have the bits of its embedding or head get the bits of the merged one.
+
+        Args:
+            recipe: what to build.
+            rounding: told what quantising cost.
+        """
+        interface, jobs = self._checkpoints[recipe.interface], self._assign(recipe)
+        parts: dict[str, list[Part]] = {}
+        for part in self.layout.parts:
+            parts.setdefault(part.tensor, []).append(part)
+        same_as = {**self._tied, **unscored_copies(interface)}
+        for name in interface.entries:
+            original = same_as.get(name, name)
+            watch = rounding.watcher(name) if rounding else None
+            if original not in parts:
+                merged = interface.stored(name).as_output(CHUNK_ELEMENTS)
+            else:
+                rows = [self._part(p, jobs[p], self._device, False, watch).to("cpu") for p in parts[original]]
+                merged = rows[0] if parts[original][0].row is None else stack(rows)
+            for suffix, piece in zip(merged.encoding.suffixes, merged.pieces, strict=True):
+                yield name + suffix, piece
+
+    def _assign(self, recipe: Recipe) -> dict[Part, _Job]:
+        """Part -> job."""
         jobs = {id(rule): _Job.of(recipe, rule) for rule in recipe.rules}
-        copy = _Job.copy(recipe.base)
-        found = {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
-        if not self._canonical:
-            return found
-        by_name = {part.tensor: job for part, job in found.items()}
-        return {
-            part: by_name[self._canonical[part.tensor]] if part.tensor in self._canonical else job
-            for part, job in found.items()
-            if with_ties or part.tensor not in self._canonical
-        }
+        copy = _Job.copy(recipe.base, recipe.interface)
+        return {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
 
-    def _part(self, part: Part, job: _Job, device: torch.device, keep: bool) -> Stored:
+    def _part(self, part: Part, job: _Job, device: torch.device, keep: bool, watch: Watcher | None = None) -> Stored:
         """One part as it is stored: the same function for a slot and for an export."""
         stored = [self._stored(name, part, device, keep) for name in job.sources]
+        if (rows := self._common.get(part.tensor)) is None:
+            return self._merged(part, job, stored, device, watch)
+        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch)
+        return rows.complete(merged, self._stored(job.interface, part, device, keep))
+
+    def _merged(
+        self, part: Part, job: _Job, stored: list[Stored], device: torch.device, watch: Watcher | None
+    ) -> Stored:
+        """What a job makes of its sources."""
         if job.method is None:
             return stored[0].as_output(CHUNK_ELEMENTS)
         method = job.method
@@ -184,7 +209,7 @@ class Materializer:
             return method.merge(floats, base[block].float(), job.coefficients, **arguments)
 
         output = stored[0].encoding.output
-        return Stored(output, output.encode(stored[0].shape, device, values, CHUNK_ELEMENTS))
+        return Stored(output, output.encode(stored[0].shape, device, values, CHUNK_ELEMENTS, watch))
 
     def _measure(self, part: Part, job: _Job, base: Operand, donors: list[Operand]) -> Any:
         """What the job's method wants to know of the whole part; measured once, then remembered."""
@@ -208,27 +233,21 @@ class Materializer:
         ]
 
     def _noise_keys(self, part: Part, job: _Job) -> list[Key]:
-        """A stream of random numbers for each donor; tied tensors have one."""
-        tensor = self._canonical.get(part.tensor, part.tensor)
-        return [stream_key(job.seed, donor, tensor, part.row) for donor in job.sources[1:]]
+        """A stream of random numbers for each donor."""
+        return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
 
     def _stored(self, source: str, part: Part, device: torch.device, keep: bool) -> Stored:
-        stored = self._resident.get((source, part.tensor))
-        if stored is None:
-            stored = self._checkpoints[source].stored(part.tensor).to(device)
+        checkpoint = self._checkpoints[source]
+        pieces = [self._piece(*held, device, keep) for held in checkpoint.holders(part.tensor)]
+        return Stored(checkpoint.entries[part.tensor].encoding, tuple(pieces)).row(part.row)
+
+    def _piece(self, holder: Checkpoint, name: str, device: torch.device, keep: bool) -> Tensor:
+        piece = self._resident.get((holder.path, name))
+        if piece is None:
+            piece = holder.tensor(name).to(device)
             if keep:
-                self._resident[source, part.tensor] = stored
-        return stored.row(part.row)
-
-
-def _tied_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Head -> embedding, where a checkpoint ties the two and yet stores both."""
-    if not checkpoint.is_tied:
-        return {}
-    names = list(checkpoint.entries)
-    heads = [name for name in names if name.endswith("lm_head.weight")]
-    embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
-    return {heads[0]: embeddings[0]} if heads and embeddings else {}
+                self._resident[holder.path, name] = piece
+        return piece
 
 
 def _noise(key: Key, matrix: Operand, block: Block) -> Tensor:

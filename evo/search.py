@@ -8,6 +8,7 @@ search.export("knee", "runs/demo/export")
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import signal
 import sys
 import threading
@@ -17,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from evo import ledger as ledger_file
-from evo.assemble import build_optimizer, build_space, build_task, open_sources, search_problem, source_digests
+from evo.assemble import (
+    build_optimizer,
+    build_space,
+    build_task,
+    open_sources,
+    search_problem,
+    source_digests,
+    unscored_note,
+)
 from evo.config import Budget, Config, changed_keys, load_config
 from evo.front import Front, read_front
 from evo.history import History
@@ -26,6 +35,8 @@ from evo.loop import Loop, ResumeError, Watcher
 from evo.run_folder import hold, stop_requested
 from evo.tracking import tracker
 from fitness.types import Split, Task
+
+log = logging.getLogger("mergefront")
 
 
 class Search:
@@ -103,6 +114,8 @@ class Search:
         with hold(self.folder), _sigterm_interrupts():
             sources, digests, task = open_sources(self.config), source_digests(self.config), build_task(self.config)
             space = build_space(self.config, sources, digests)
+            if note := unscored_note(self.config.interface_parent, sources[self.config.interface_parent]):
+                log.warning(note)
             build_optimizer(self.config, search_problem(self.config, space))  # its options fail now or never
             with closing(self._open_ledger(task, digests)) as ledger:
                 ledger.set_meta("budget", (budget or self.config.budget).model_dump())

@@ -49,6 +49,12 @@ _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
 _ROLES = tuple((role, re.compile(pattern)) for role, pattern in _ROLE_PATTERNS)
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_BY_TOKEN = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight$")
+_UNSCORED = re.compile(
+    r"(^|\.)(mtp\w*|visual|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector)\."
+    r"|\.rotary_emb\.inv_freq$"
+)
+"""Multi-token prediction, vision towers and their projectors, and constants that old checkpoints store."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class Layout:
     parts: tuple[Part, ...]
     n_blocks: int
     n_experts: int
+    unscored: tuple[str, ...] = ()
+    """Tensors that generating text does not use. They are no parts: nothing merges them."""
 
     def roles_in(self, block: int | None) -> tuple[Role, ...]:
         """Roles that occur in a block (or, for None, outside all blocks), in the order of Role."""
@@ -94,18 +102,23 @@ class UnknownTensorError(ValueError):
     """A checkpoint holds tensors whose role cannot be read from their names."""
 
 
-def parse_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+def parse_layout(shapes: Mapping[str, tuple[int, ...]], n_blocks: int | None = None) -> Layout:
     """Read a layout from tensor names and shapes.
 
     Args:
         shapes: checkpoint tensor name -> shape.
+        n_blocks: how many blocks the model has, if it is known. Blocks behind them predict further tokens, as in
+            DeepSeek-V3 (arXiv 2412.19437, section 2.2), and are unscored.
 
     Raises:
         UnknownTensorError: naming every tensor that no pattern understands.
     """
     parts: list[Part] = []
     unknown: list[str] = []
+    unscored = dict.fromkeys(name for name in shapes if _is_unscored(name, n_blocks))
     for name, shape in shapes.items():
+        if name in unscored:
+            continue
         role = _role_of(name)
         if role is None:
             unknown.append(name)
@@ -119,7 +132,17 @@ def parse_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         )
     blocks = [part.block for part in parts if part.block is not None]
     experts = [part.expert for part in parts if part.expert is not None]
-    return Layout(tuple(parts), max(blocks, default=-1) + 1, max(experts, default=-1) + 1)
+    return Layout(tuple(parts), max(blocks, default=-1) + 1, max(experts, default=-1) + 1, tuple(unscored))
+
+
+def is_by_token(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return _BY_TOKEN.search(name) is not None
+
+
+def _is_unscored(name: str, n_blocks: int | None) -> bool:
+    block = _BLOCK.search(name)
+    return bool(_UNSCORED.search(name)) or (n_blocks is not None and block is not None and int(block[1]) >= n_blocks)
 
 
 def _role_of(name: str) -> Role | None:

@@ -26,9 +26,11 @@ class Source:
     """A checkpoint that a recipe draws from."""
 
     path: str
-    """Folder of the checkpoint."""
+    """Folder of the checkpoint, or its id on the Hub."""
     digest: str | None = None
     """Content digest, or None where nobody has computed it yet."""
+    revision: str | None = None
+    """Commit of a checkpoint from the Hub."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ HOMES = {  # third-party library -> where alone it may be imported
     "math_verify": "fitness/math_verify.py",
     "reasoning_gym": "fitness/tasks/reasoning_gym.py",
     "sqlite3": "evo/ledger.py",
+    "huggingface_hub": "evo/hub.py",
 }
 
 

@@ -52,6 +52,10 @@ class Encoding(Protocol):
         """A tensor's name followed by one of these is the name of a piece."""
 
     @property
+    def is_float(self) -> bool:
+        """Whether it stands for numbers that can be merged."""
+
+    @property
     def output(self) -> Encoding:
         """How a merge of such tensors is stored: itself, if it can be written."""
 
@@ -107,7 +111,7 @@ class Stored:
         return self if index is None else Stored(self.encoding, tuple(piece[index] for piece in self.pieces))
 
     def as_output(self, chunk: int) -> Stored:
-        """A copy of it as a merge would be stored: the same bits, if this encoding can be written."""
+        """As a merge would be stored: the same bits, if this encoding can be written."""
         output = self.encoding.output
         if output == self.encoding:
             return self

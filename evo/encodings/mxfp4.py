@@ -30,6 +30,7 @@ class Mxfp4:
     """See evo.encodings.Encoding."""
 
     suffixes = _SUFFIXES
+    is_float = True
 
     def __str__(self) -> str:
         return "MXFP4"

@@ -28,6 +28,11 @@ class Plain:
         return self.dtype
 
     @property
+    def is_float(self) -> bool:
+        """See Encoding."""
+        return self.dtype in DTYPES
+
+    @property
     def output(self) -> Plain:
         """See Encoding."""
         return self

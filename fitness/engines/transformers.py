@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -28,7 +29,8 @@ class TransformersEngine:
 
     Args:
         checkpoint: folder whose config, tokenizer, chat template and generation config are used (the
-            interface parent); its weights are what the model holds until the first update.
+            interface parent); its weights are what the model holds until the first update, NaN if they are
+            quantised.
         dtype: of the resident weights and of all arithmetic: "float32", "bfloat16", "float16".
         device: "auto" takes a GPU where there is one.
         batch_size: prompts decoded together. Text depends on it, so it is fixed for a run; "auto" finds it
@@ -68,9 +70,7 @@ class TransformersEngine:
         self._chat = dict(chat or {})
         logging.disable_progress_bar()
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=getattr(torch, dtype), **(options or {})
-        ).to(self.device)
+        self._model = load_model(checkpoint, getattr(torch, dtype), **(options or {})).to(self.device)
         self._model.eval()
         self._slots = find_slots(self._model)
         self._writer: Any = None
@@ -174,6 +174,26 @@ class TransformersEngine:
             return len(ids) - ids[::-1].index(self._end_of_thought) if self._end_of_thought in ids else 0
         thought, tag, _ = text.rpartition("</think>")
         return len(self._tokenizer(thought + tag, add_special_tokens=False)["input_ids"]) if tag else 0
+
+
+def load_model(checkpoint: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A model with its weights in `dtype`; of a quantised checkpoint, only the architecture, filled with NaN.
+
+    transformers would want a GPU, kernels or further libraries for some kinds of quantised weights. An update
+    overwrites every one of them anyway, and what it forgot would show at once.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    if getattr(config, "quantization_config", None) is None:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **options)
+    del config.quantization_config
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config)
+    empty = {name: torch.full(t.shape, torch.nan, dtype=dtype) for name, t in shapes.state_dict().items()}
+    model = type(shapes).from_pretrained(None, config=config, state_dict=empty, dtype=dtype, **options)
+    del model._weight_conversions  # it loaded under its own names, which says nothing of the checkpoint's
+    if (Path(checkpoint) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    return model
 
 
 class _View(Tensor):

@@ -1,0 +1,177 @@
+"""PEFT LoRA adapters as checkpoints: a base, and a low-rank difference for some of its tensors.
+
+A folder with adapter_config.json and adapter_model.safetensors. Nothing is made dense (see encodings.low_rank).
+Knows LoRA and rsLoRA; other kinds of adapters are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evo.checkpoint import Checkpoint, CheckpointError, read_header, read_json
+from evo.encodings import Entry
+from evo.encodings.low_rank import MAX_RANK, LowRank, fixed_point
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$")
+_FULL = re.compile(r"\.(modules_to_save(\.default)?|base_layer)\.")  # weights that are saved in full
+_REFUSED = {
+    "use_dora": "DoRA, whose difference is not of low rank",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "an adapter that is active for some tokens only",
+}
+
+
+def open_checkpoints(paths: Mapping[str, str | Path]) -> dict[str, Checkpoint]:
+    """Open folders by name; adapters rest on the one that is called "base".
+
+    Raises:
+        CheckpointError: if one cannot be read, or an adapter has no base.
+    """
+    found = {name: Checkpoint.open(path) for name, path in paths.items() if not is_adapter(path)}
+    for name, path in paths.items():
+        if is_adapter(path) and "base" not in found:
+            raise CheckpointError(
+                f"{name} ({path}) is a LoRA adapter: expected the full checkpoint that it was trained on as `base`"
+            )
+    return {name: found.get(name) or Adapter(Path(path), found["base"]) for name, path in paths.items()}
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+class Adapter(Checkpoint):
+    """A LoRA adapter on its base. Tensors that it does not touch are the base's."""
+
+    digest_files = (CONFIG_FILE,)
+
+    def __init__(self, path: Path, base: Checkpoint) -> None:
+        self._base = base
+        self._settings = _settings(path)
+        if not (path / WEIGHTS_FILE).is_file():
+            raise CheckpointError(f"{path}: expected {WEIGHTS_FILE} beside {CONFIG_FILE}")
+        headers = read_header(path / WEIGHTS_FILE)
+        self._factors: dict[str, dict[str, str]] = {}  # tensor -> side -> name in the file
+        self._replaced: dict[str, str] = {}  # tensor -> name in the file
+        for key in headers:
+            self._sort(path, key)
+        super().__init__(path, dict.fromkeys(headers, WEIGHTS_FILE), headers)
+
+    def config(self) -> dict[str, Any]:
+        """The base's config.json."""
+        return self._base.config()
+
+    def holders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:
+        """See Checkpoint."""
+        replaced = self._replaced.get(name)
+        full = self._base.holders(name) if replaced is None else ((self, replaced),)
+        return (*full, *((self, f"{name}.{side}") for side in ("left", "right") if name in self._factors))
+
+    def tensor(self, piece: str) -> torch.Tensor:
+        """See Checkpoint. NAME.left (R, r) and NAME.right (r, C) are the factors of NAME's difference."""
+        name, _, side = piece.rpartition(".")
+        if name not in self._factors:
+            return super().tensor(piece)
+        transposed = self._is_transposed(name)
+        factor = super().tensor(self._factors[name]["A" if (side == "right") != transposed else "B"])
+        return fixed_point(factor.T if transposed else factor, 1 if side == "left" else 0).contiguous()
+
+    def written_map(self) -> dict[str, str]:
+        """An adapter says nothing of how a whole checkpoint is laid out.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{self.path} is a LoRA adapter, so it cannot be the interface: name a full checkpoint")
+
+    def _sort(self, path: Path, key: str) -> None:
+        """Find out which tensor of the base a tensor of the file is about."""
+        plain = key.removeprefix("base_model.model.")
+        match = _FACTOR.fullmatch(plain)
+        name = f"{match['module']}.weight" if match else _FULL.sub(".", plain)
+        if name not in self._base.scored:
+            raise CheckpointError(
+                f"{path}: {key} belongs to no tensor of the base {self._base.path}. Expected factors lora_A and lora_B "
+                "of its weights, or weights that replace its own; is this the base that the adapter was trained on?"
+            )
+        if match:
+            self._factors.setdefault(name, {})[match["side"]] = key
+        else:
+            self._replaced[name] = key
+
+    def _find_entries(self) -> dict[str, Entry]:
+        return {name: self._entry(name, entry) for name, entry in self._base.entries.items()}
+
+    def _entry(self, name: str, entry: Entry) -> Entry:
+        if name in self._replaced:
+            header, wanted = self.headers[self._replaced[name]], entry.encoding.output
+            if (str(wanted), entry.shape) != (header.dtype, header.shape):
+                raise CheckpointError(
+                    f"{self.path}: {self._replaced[name]} is {header.dtype} {list(header.shape)}, but the base has "
+                    f"{wanted} {list(entry.shape)}"
+                )
+            entry = replace(entry, encoding=wanted)
+        if name not in self._factors:
+            return entry
+        rank = self._check_factors(name, entry.shape)
+        return replace(entry, encoding=LowRank(entry.encoding, self._scale(name.removesuffix(".weight"), rank)))
+
+    def _check_factors(self, name: str, shape: tuple[int, ...]) -> int:
+        """Rank of a difference."""
+        shapes = {side: self.headers[key].shape for side, key in self._factors[name].items()}
+        if len(shape) == 2 and shapes.keys() == {"A", "B"} and len(shapes["A"]) == len(shapes["B"]) == 2:
+            rank, n_in = shapes["A"]
+            fits = (n_in, shapes["B"][0]) == (shape if self._is_transposed(name) else shape[::-1])
+            if fits and rank == shapes["B"][1] and 0 < rank <= MAX_RANK:
+                return rank
+        raise CheckpointError(
+            f"{self.path}: expected lora_A (r, in) and lora_B (out, r) with r up to {MAX_RANK} for {name} "
+            f"{list(shape)}, got { ({side: list(s) for side, s in sorted(shapes.items())}) }"
+        )
+
+    def _is_transposed(self, name: str) -> bool:
+        """Whether the weight is stored (in, out): embeddings, and what the config says so of."""
+        return "lora_embedding_" in self._factors[name]["A"] or bool(self._settings.get("fan_in_fan_out"))
+
+    def _scale(self, module: str, rank: int) -> float:
+        """Alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732); patterns as peft reads them."""
+        expected = _by_pattern(self._settings.get("rank_pattern"), module, self._settings.get("r"))
+        if rank != expected:
+            raise CheckpointError(f"{self.path}: {module} has rank {rank}, but {CONFIG_FILE} says {expected}")
+        alpha = _by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha"))
+        if not isinstance(alpha, int | float):
+            raise CheckpointError(f"{self.path / CONFIG_FILE}: expected a number lora_alpha, got {alpha!r}")
+        return float(alpha / math.sqrt(rank) if self._settings.get("use_rslora") else alpha / rank)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = read_json(path / CONFIG_FILE)
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{path / CONFIG_FILE}: expected peft_type LORA, got {json.dumps(kind)}")
+    for key, what in _REFUSED.items():
+        if settings.get(key):
+            raise CheckpointError(
+                f"{path / CONFIG_FILE}: {key}: {what}, cannot be merged as an adapter. Merge it into its base first: "
+                "PeftModel.from_pretrained(BASE, PATH).merge_and_unload().save_pretrained(NEW_PATH)"
+            )
+    return settings
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that the end of a module's name matches."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,90 @@
+"""A tensor of another encoding plus a product of two thin matrices (LoRA, arXiv 2106.09685): W + scale * L @ R.
+
+The product is never stored, and formed for the block that is read only. So that every device and every cut into
+blocks gives the same bits, factors are rounded to fixed point (see `fixed_point`) and multiplied in float64, where
+such sums of products are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evo.encodings import Encoding, Values, Watcher
+from evo.merge.blocks import Operand
+
+BITS = 21
+MAX_RANK = 1 << (53 - 2 * BITS)
+"""Up to here a sum of products of two numbers of 21 bits fits into a float64."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """See evo.encodings.Encoding. Pieces: those of W, then L (R, r) and R (r, C), both in fixed point."""
+
+    inner: Encoding
+    scale: float
+
+    is_float = True
+
+    def __str__(self) -> str:
+        return f"{self.inner} with a low-rank difference"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """See Encoding."""
+        return (*self.inner.suffixes, ".left", ".right")
+
+    @property
+    def output(self) -> Encoding:
+        """See Encoding."""
+        return self.inner.output
+
+    def shape(self, pieces: Sequence[Tensor]) -> tuple[int, ...]:
+        """See Encoding."""
+        return self.inner.shape(pieces[:-2])
+
+    def operand(self, pieces: Sequence[Tensor]) -> Operand:
+        """See Encoding."""
+        return _Sum(self.inner.operand(pieces[:-2]), pieces[-2], pieces[-1], self.scale)
+
+    def encode(
+        self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None
+    ) -> tuple[Tensor, ...]:
+        """Never called: a merge is stored as `output`."""
+        raise NotImplementedError("low-rank differences are read only")
+
+    def decode(self, pieces: Sequence[Tensor], target: Tensor, chunk: int) -> None:
+        """Never called: what is decoded has been stored as `output`."""
+        raise NotImplementedError("low-rank differences are read only")
+
+
+class _Sum:
+    """A matrix whose low-rank difference is added to a block when it is read."""
+
+    def __init__(self, base: Operand, left: Tensor, right: Tensor, scale: float) -> None:
+        self._base, self._left, self._right, self._scale = base, left, right, scale
+        self.shape, self.device = base.shape, base.device
+
+    def numel(self) -> int:
+        return self._base.numel()
+
+    def __getitem__(self, block: Any) -> Tensor:
+        rows, columns = block if isinstance(block, tuple) else (block, slice(None))
+        difference = self._left[rows] @ self._right[:, columns]
+        return difference.mul_(self._scale).add_(self._base[rows, columns]).float()
+
+
+def fixed_point(factor: Tensor, dim: int) -> Tensor:
+    """Round to 21 bits, counted from the largest magnitude along a dimension.
+
+    Returns:
+        float64: along the dimension, integers of at most 21 bits times one power of two.
+    """
+    factor = factor.double()
+    exponent = torch.frexp(factor.abs().amax(dim, keepdim=True)).exponent - BITS
+    return torch.ldexp(torch.ldexp(factor, -exponent).round_(), exponent)

@@ -1,0 +1,54 @@
+"""Checkpoints by their id on the Hugging Face Hub: "org/name" or "org/name@revision"."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+_SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<revision>[0-9a-f]+)$")
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_UNWANTED = ["*/*", "consolidated*"]  # the same weights in other layouts
+
+
+class HubError(ValueError):
+    """The Hub, or what has been downloaded from it before, does not have what was asked for."""
+
+
+def is_id(text: str) -> bool:
+    """Whether a text could be an id."""
+    return _ID.fullmatch(text) is not None
+
+
+def download(text: str) -> Path:
+    """The local folder of an id: weights, config and tokenizer. Nothing is downloaded twice.
+
+    With HF_HUB_OFFLINE=1 nothing is downloaded at all.
+
+    Raises:
+        HubError: saying why it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    match = _ID.fullmatch(text)
+    assert match, "is_id has been asked"
+    try:
+        folder = snapshot_download(
+            match["id"], revision=match["revision"], allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"{text} has not been downloaded, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set). "
+            f"Where there is a network: hf download {match['id']}"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(f"the Hub does not give {text}: {str(error).splitlines()[0]}") from error
+    return Path(folder)
+
+
+def origin(folder: Path) -> tuple[str, str | None]:
+    """Where a checkpoint came from: the Hub's id and commit, or its folder and None."""
+    if match := _SNAPSHOT.search(folder.as_posix()):
+        return f"{match['org']}/{match['name']}", match["revision"]
+    return str(folder), None

@@ -1,0 +1,126 @@
+"""gpt-oss's MXFP4 against the tables of the OCP specification and transformers' own decoding."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
+from evo.encodings.mxfp4 import values_of
+from fitness.engines.transformers import TransformersEngine
+from search_spaces.recipe import Recipe, Rule, copy_of
+from tests.conftest import VOCABULARY, tiny_tokenizer
+from tests.encoding import E2M1, files_of
+from tests.test_materializer import exported, sources_of
+
+
+def decode(blocks, scales):
+    """OCP Microscaling Formats v1.0, tables 5 and 7; numpy, one byte after the other."""
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], -1)
+    values = np.where(codes & 8, -1.0, 1.0) * np.array(E2M1)[codes & 7]
+    values = values * 2.0 ** (scales.astype(np.float64) - 127)[..., None]
+    return values.reshape(*blocks.shape[:-2], -1).swapaxes(-1, -2)
+
+
+def make_gpt_oss(folder, seed, *, packed):
+    """A tiny gpt-oss: experts in MXFP4 as published, or all of it in bfloat16."""
+    torch.manual_seed(seed)
+    config = GptOssConfig(
+        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    tensors = {}
+    for name, tensor in files_of(folder).items():
+        if name.endswith("_proj") and ".experts." in name:
+            n_experts, n_in, n_out = tensor.shape
+            blocks = torch.randint(0, 256, (n_experts, n_out, n_in // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 124, (n_experts, n_out, n_in // 32), dtype=torch.uint8)
+            if packed:
+                tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            else:
+                tensors[name] = torch.from_numpy(decode(blocks.numpy(), scales.numpy())).bfloat16().contiguous()
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if packed:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oss")
+    return {name: make_gpt_oss(folder / name, seed, packed=True) for seed, name in enumerate(["a", "b"])}
+
+
+def test_every_code_under_every_scale():
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(253, 1, 1, 1)
+    scales = torch.arange(253, dtype=torch.uint8).view(253, 1, 1).expand(253, 16, 1)
+    expected = decode(blocks.numpy(), scales.numpy())
+    assert np.array_equal(values_of(blocks, scales).double().numpy(), expected)  # exactly, in bfloat16
+    assert torch.isnan(values_of(blocks[:1], torch.full((1, 16, 1), 255, dtype=torch.uint8))).all()
+
+
+def test_agrees_with_transformers():
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.randint(0, 256, (3, 8, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, (3, 8, 2), dtype=torch.uint8)
+    ours = values_of(blocks, scales)
+    assert ours.shape == (3, 64, 8)
+    assert torch.equal(ours, convert_moe_packed_tensors(blocks, scales))
+
+
+def test_a_packed_expert_is_one_part(parents):
+    layout = Checkpoint.open(parents["a"]).layout
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert [p.expert for p in layout.parts if p.tensor == name] == [0, 1, 2, 3]
+    assert Checkpoint.open(parents["a"]).entries[name].shape == (4, 64, 64)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.25])
+def test_is_written_as_bfloat16_that_transformers_loads(parents, coefficient, tmp_path):
+    recipe = Recipe(sources_of(parents), "b", "a", (Rule("linear", {"a": coefficient}),))
+    out = exported(parents, recipe, tmp_path / "out")
+    a, b, merged = files_of(parents["a"]), files_of(parents["b"]), files_of(out)
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
+        values = [decode(f[f"{name}_blocks"].numpy(), f[f"{name}_scales"].numpy()).astype(np.float32) for f in (a, b)]
+        expected = np.float32(coefficient) * values[0] + np.float32(1 - coefficient) * values[1]
+        assert torch.equal(merged[name], torch.from_numpy(expected).bfloat16())
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    engine = TransformersEngine(str(parents["a"]), dtype="bfloat16", device="cpu")
+    engine.host("evo.materializer:Materializer.hosted", sources={n: str(p) for n, p in parents.items()})
+    engine.update(recipe.to_dict())
+    reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    for name, tensor in reloaded.state_dict().items():
+        assert torch.equal(engine._model.state_dict()[name], tensor), name
+    assert engine.generate(["1+2"], max_tokens=3)
+
+
+def test_merges_with_a_bfloat16_sibling(parents, tmp_path):
+    mixed = {**parents, "plain": make_gpt_oss(tmp_path / "plain", 2, packed=False)}
+    check_compatible({name: Checkpoint.open(path) for name, path in mixed.items()})
+    out = files_of(exported(mixed, copy_of("plain", sources_of(mixed), "a"), tmp_path / "out"))
+    plain = files_of(mixed["plain"])
+    assert out.keys() == plain.keys()
+    assert all(torch.equal(out[name], plain[name]) for name in plain)
+
+
+def test_scales_that_do_not_fit_are_refused(parents, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(parents["a"], tmp_path / "odd")
+    tensors = files_of(folder)
+    del tensors["model.layers.0.mlp.experts.down_proj_scales"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"down_proj: expected _blocks of shape"):
+        Checkpoint.open(folder)
