@@ -17,7 +17,7 @@ from evo.types import Candidate, Origin
 from evo.worker import Worker
 from fitness.engines import ENGINES
 from fitness.tasks import TASKS
-from fitness.types import Task
+from fitness.types import Decoding, Task
 from search_spaces import SPACES
 from search_spaces.genes import Gene, SearchSpace
 from search_spaces.grouped import Ingredients
@@ -64,16 +64,33 @@ def build_optimizer(config: Config, problem: SearchProblem) -> Optimizer:
     return optimizer
 
 
-def build_worker(config: Config, task: Task) -> Worker:
-    """Load the resident model and all it takes to evaluate candidates."""
+def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
+    """Load the resident model and all it takes to evaluate candidates.
+
+    Args:
+        config: of the run.
+        task: of the run.
+        batch_size: what "auto" was found to mean when the run started; None if that is not known yet.
+    """
     import torch
 
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     engine_class = pkgutil.resolve_name(ENGINES[config.engine.kind])
-    engine = engine_class(str(config.sources[config.interface_parent]), **component_options(config.engine, ENGINES))
-    sources = {name: str(path) for name, path in config.sources.items()}
-    return Worker(engine, task, sources, max_tokens=config.engine.max_tokens, objectives=config.objectives)
+    options = component_options(config.engine, ENGINES)
+    if options.get("batch_size") == "auto" and batch_size is not None:
+        options["batch_size"] = batch_size
+    engine = engine_class(str(config.sources[config.interface_parent]), **options)
+    return Worker(
+        engine,
+        task,
+        {name: str(path) for name, path in config.sources.items()},
+        max_tokens=config.engine.max_tokens,
+        objectives=config.objectives,
+        orderliness=config.orderliness,
+        samples=options.get("decoding", Decoding()).samples,
+        seed=config.seed,
+    )
 
 
 def recipe_sources(config: Config, digests: dict[str, str]) -> dict[str, Source]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -153,6 +153,55 @@ def sync(run_dir: RunDir, debug: Debug = False) -> None:
         typer.echo(tracker.how_to_look(run_dir, tracking.uri))
 
 
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task, and its options after a colon: arithmetic, bbh:name=navigate,held_out=100"),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Options of the engine: dtype=float32,device=cpu,batch_size=64")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longer answers are cut off and count as wrong.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Answers to each problem.")] = 1,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Instead of what the generation config says.")] = False,
+    split: Annotated[str, typer.Option(help="held_out, reserve or search.")] = "held_out",
+    harness: Annotated[str | None, typer.Option(help="A task of lm-evaluation-harness (extra `harness`).")] = None,
+    limit: Annotated[int | None, typer.Option(help="With --harness: so many problems.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Score any checkpoint folder: accuracy with its standard error, tokens, thinking, orderliness.
+
+    For example: mergefront eval my-model --task gsm8k:held_out=200 --task arithmetic --engine dtype=bfloat16
+    """
+    with _readable_errors(debug):
+        from evo.scoring import describe, score_checkpoint
+        from evo.scoring import harness as run_harness
+        from fitness.types import Split
+
+        if not task and not harness:
+            raise ValueError("expected --task NAME, --harness TASK, or both")
+        if split not in list(Split):
+            raise ValueError(f"--split: expected one of {', '.join(Split)}, got {split!r}")
+        options = _parse_options(engine)
+        found = []
+        if task:
+            tasks = [{"kind": name, **_parse_options(rest)} for name, _, rest in (text.partition(":") for text in task)]
+            decoding = {"samples": samples, **({"greedy": True} if greedy else {})}
+            wanted = {"batch_size": "auto", **options, "max_tokens": max_tokens, "decoding": decoding}
+            found = score_checkpoint(checkpoint, tasks, wanted, split=Split(split))
+        if harness:
+            dtype, device = options.get("dtype", "bfloat16"), options.get("device", "auto")
+            results = run_harness(checkpoint, harness, dtype=dtype, device=device, limit=limit)
+            found.append({"task": harness, "harness": results})
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            for figures in found:
+                shown = json.dumps(figures["harness"], indent=2) if "harness" in figures else describe(figures)
+                typer.echo(shown)
+
+
 def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -172,6 +221,23 @@ def _readable_errors(debug: bool) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def _parse_options(text: str) -> dict[str, Any]:
+    """Read "dtype=float32,batch_size=64", each value as YAML.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    import yaml
+
+    options = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"expected key=value pairs joined by commas, got {text!r}")
+        options[key.strip()] = yaml.safe_load(value)
+    return options
 
 
 def _parse_budget(text: str | None):  # type: ignore[no-untyped-def]  # Budget, imported late

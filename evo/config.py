@@ -9,8 +9,9 @@ import difflib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import (
@@ -27,6 +28,7 @@ from evo.hub import HubError, download, is_id
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
+from fitness.orderliness import Orderliness
 from fitness.tasks import TASKS
 from search_spaces import SPACES
 
@@ -195,6 +197,8 @@ class Config(_Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     objectives: tuple[Literal["error", "tokens"], ...] = ("error", "tokens")
     constraints: Constraints = Field(default_factory=lambda: Constraints.model_validate({}))
+    orderliness: Orderliness = Field(default_factory=Orderliness)
+    """What counts as repetition and as self-correction in the figures beside accuracy and tokens."""
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
     seed: int = Field(0, ge=0)
@@ -240,6 +244,7 @@ class Config(_Section):
         return tuple(self.space.donors or (name for name in self.parents if name != self.space_base))
 
 
+TABLE_FILES = (".jsonl", ".json", ".parquet")
 SAFE_KEYS = ("budget", "tracking", "engine.threads")
 """Keys that may differ when a run goes on; any other would make its results incomparable."""
 
@@ -268,7 +273,7 @@ def load_config(path: str | Path) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
     config, places = _resolve_paths(config, path.resolve().parent)
-    places += [*_check_files(config), *_check_knobs(config)]
+    places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config)]
     problems = [_at(path, lines, place, message) for place, message in places]
     problems += [_describe(path, lines, error, config) for error in _check_options(config)]
     if problems:
@@ -303,7 +308,8 @@ def component_options(component: _Component, table: Mapping[str, str]) -> dict[s
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
     """
     target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    built = target.func if isinstance(target, partial) else target
+    hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
         for name, parameter in inspect.signature(target).parameters.items()
@@ -312,6 +318,27 @@ def component_options(component: _Component, table: Mapping[str, str]) -> dict[s
     model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
     validated = model.model_validate(component.options)
     return {name: getattr(validated, name) for name in validated.model_fields_set}
+
+
+ComponentT = TypeVar("ComponentT", bound=_Component)
+
+
+def validated(section: type[ComponentT], table: Mapping[str, str], values: Mapping[str, Any]) -> ComponentT:
+    """A section of a config on its own, with its component's options checked.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what came.
+    """
+    try:
+        component = section.model_validate(dict(values))
+        component_options(component, table)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or section.__name__}: {str(e['msg']).removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise ConfigError("\n".join(lines)) from None
+    return component
 
 
 def _check_options(config: Config) -> Iterator[dict[str, Any]]:
@@ -324,9 +351,15 @@ def _check_options(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _check_files(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    table = config.task.options.get("path")
-    if isinstance(table, str) and table.endswith((".jsonl", ".json")) and not Path(table).is_file():
-        yield ("task", "path"), f"no file at {table}"
+    for key, table in _table_files(config.task.options):
+        if not Path(table).is_file():
+            yield ("task", key), f"no file at {table}"
+
+
+def _table_files(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Options of a task that name files, as (key, path)."""
+    found = [(key, options.get(key)) for key in ("path", "test_path")]
+    return [(key, path) for key, path in found if isinstance(path, str) and path.endswith(TABLE_FILES)]
 
 
 def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -340,6 +373,21 @@ def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
                 raise ValueError(f"expected [low, high] with low < high, got {list(ends)}")
         except ValueError as error:
             yield ("space", "knobs", name), str(error)
+
+
+def _check_capabilities(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a component says it `needs` of the engine, and the engine does not have."""
+    engines = {name: pkgutil.resolve_name(target).capabilities for name, target in ENGINES.items()}
+    for section, table in (("space", SPACES), ("task", TASKS)):
+        kind = getattr(config, section).kind
+        needs: frozenset[str] = getattr(pkgutil.resolve_name(table[kind]), "needs", frozenset())
+        if missing := needs - engines[config.engine.kind]:
+            able = ", ".join(name for name, has in engines.items() if needs <= has) or "none yet"
+            yield (
+                (section, "kind"),
+                f"{kind!r} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
+                f"engines that have it: {able}",
+            )
 
 
 def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tuple[str, ...], str]]]:
@@ -357,9 +405,9 @@ def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tup
             data["base"] = found
         else:
             data["parents"][name] = found
-    table = data["task"].get("path")
-    if isinstance(table, str) and table.endswith((".jsonl", ".json")):
-        data["task"]["path"] = str((folder / table).resolve())
+    for part in (data["task"], *data["task"].get("tasks", ())):
+        for key, table in _table_files(part) if isinstance(part, dict) else ():
+            part[key] = str((folder / table).resolve())
     return Config.model_validate(data), missing
 
 

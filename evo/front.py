@@ -40,7 +40,7 @@ class Row:
         keys = (
             "accuracy", "accuracy_stderr", "n_problems", "tokens_mean", "tokens_mean_stderr", "tokens_median",
             "tokens_p90", "tokens_correct_mean", "tokens_correct_median", "tokens_correct_p90",
-            "think_tokens_mean", "truncated",
+            "think_tokens_mean", "truncated", "repeated_ngrams", "corrections_per_100", "well_formed",
         )  # fmt: skip
         return {
             "id": self.ask.id,

@@ -54,6 +54,17 @@ class History:
         return entry
 
     @property
+    def batch_size(self) -> int | None:
+        """What an automatic batch size was found to be when the run started; None: not found yet."""
+        size: int | None = self._ledger.meta("batch_size")
+        return size
+
+    def keep_batch_size(self, size: int | None) -> None:
+        """Remember it for later sittings: text depends on it."""
+        if size is not None and self.batch_size is None:
+            self._ledger.set_meta("batch_size", size)
+
+    @property
     def exhausted(self) -> bool:
         """Whether some limit of the budget has been reached."""
         limits = self.budget.model_dump(exclude_none=True)

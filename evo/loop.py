@@ -160,13 +160,15 @@ class Loop:
 
     def _evaluate(self, ask: Ask, split: Split) -> Evaluation:
         if self._worker is None:  # loading a model takes long, and a finished run needs none
-            self._worker = build_worker(self._config, self._task)
+            self._worker = build_worker(self._config, self._task, self._history.batch_size)
         recipe = ask.recipe
         if recipe is None and ask.genome is not None:
             recipe = self._space.decode(ask.genome)
         assert recipe is not None, "an ask has a recipe or a genome"
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
-        return self._worker.evaluate(candidate, split)
+        evaluation = self._worker.evaluate(candidate, split)
+        self._history.keep_batch_size(self._worker.batch_size)
+        return evaluation
 
     def _must_end(self) -> bool:
         return stop_requested(self._folder) or self._history.exhausted

@@ -78,11 +78,15 @@ def share_spent(history: History) -> float:
 
 
 def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Table:
-    """Members of the front, then parents and baselines that are not on it. Fits 80 columns."""
+    """Members of the front, then parents and baselines that are not on it. Fits 80 columns.
+
+    "correct" is the tokens of correct answers, "rep" the share of n-grams that were there before, "waits"
+    self-corrections per 100 tokens.
+    """
     title = f"Pareto front: {len(front.members)} of {len(front.evaluated)} models"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ["id", "model", "accuracy %", "tokens", "p90", "cut off %"]
-    columns += ["held-out %", "tokens", "drop"] if held_out else ["correct only"]
+    columns += ["held-out %", "tokens", "drop"] if held_out else ["correct", "rep %", "waits"]
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in front.members if limit is None else spread(front.members, limit):
@@ -183,7 +187,9 @@ def _cells(row: Row, held_out: bool) -> list[str]:
     cells = [str(row.ask.id), row.ask.name, percent(s), f"{s['tokens_mean']:.1f}", f"{s['tokens_p90']:.0f}"]
     cells.append(f"{100 * s['truncated']:.1f}")
     if not held_out:
-        return [*cells, "-" if s["tokens_correct_mean"] is None else f"{s['tokens_correct_mean']:.1f}"]
+        cells.append("-" if s["tokens_correct_mean"] is None else f"{s['tokens_correct_mean']:.1f}")
+        repeats, waits = s["repeated_ngrams"], s["corrections_per_100"]  # None in runs of older versions
+        return [*cells, "-" if repeats is None else f"{100 * repeats:.0f}", "-" if waits is None else f"{waits:.1f}"]
     if h["accuracy"] is None:
         return [*cells, "-", "-", "-"]
     return [*cells, percent(h), f"{h['tokens_mean']:.1f}", f"{100 * (s['accuracy'] - h['accuracy']):+.1f}"]

@@ -12,6 +12,7 @@ from typing import Any
 from evo.types import Candidate, Evaluation, Status
 from fitness.evaluator import Evaluator
 from fitness.objectives import losses
+from fitness.orderliness import Orderliness
 from fitness.types import Completion, Engine, Problem, Split, Task
 
 N_SAMPLES = 3
@@ -22,14 +23,28 @@ class Worker:
     """Joins an engine, a task and the checkpoints."""
 
     def __init__(
-        self, engine: Engine, task: Task, sources: Mapping[str, str], *, max_tokens: int, objectives: Sequence[str]
+        self,
+        engine: Engine,
+        task: Task,
+        sources: Mapping[str, str],
+        *,
+        max_tokens: int,
+        objectives: Sequence[str],
+        orderliness: Orderliness,
+        samples: int = 1,
+        seed: int = 0,
     ) -> None:
         self._engine = engine
-        self._evaluator = Evaluator(engine, task, max_tokens)
+        self._evaluator = Evaluator(engine, task, max_tokens, orderliness, samples, seed)
         self._task = task
         self._objectives = objectives
         self._problems: dict[Split, list[Problem]] = {}
         engine.host("evo.materializer:Materializer.hosted", sources=dict(sources))
+
+    @property
+    def batch_size(self) -> int | None:
+        """Of the engine; None while an automatic choice has not been made."""
+        return self._engine.batch_size
 
     def evaluate(self, candidate: Candidate, split: Split) -> Evaluation:
         """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it."""
@@ -67,7 +82,9 @@ class Worker:
             self._problems[split] = self._task.problems(split)
         return self._problems[split]
 
-    def _samples(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[dict[str, Any]]:
+    def _samples(
+        self, problems: Sequence[Problem], completions: Sequence[Sequence[Completion]]
+    ) -> list[dict[str, Any]]:
         return [
             {
                 "question": problem.question,
@@ -76,5 +93,5 @@ class Worker:
                 "n_tokens": completion.n_tokens,
                 "verdict": self._task.grade(problem, completion).name.lower(),
             }
-            for problem, completion in zip(problems[:N_SAMPLES], completions, strict=False)
+            for problem, (completion, *_) in zip(problems[:N_SAMPLES], completions, strict=False)
         ]

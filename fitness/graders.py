@@ -1,31 +1,77 @@
-"""Finds the answer in a completion and compares it with the reference. Total functions: none raises."""
+"""Finds the answer in a completion and compares it with the reference.
+
+Total functions: none raises, whatever the text, and each takes time linear in it. Where a text gives several
+answers, the last counts, so that listing more never helps. A grader of its own process may run out of time,
+which `grade` reports apart from a wrong answer.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import pkgutil
 import re
 from collections.abc import Callable
 from fractions import Fraction
 
 from fitness.types import Completion, Finish, Verdict
 
-GRADERS = {"number": "fitness.graders:same_number", "exact": "fitness.graders:same_text"}
-"""Name -> function(reference answer, text) -> True, False, or None where the text holds no answer."""
+Grader = Callable[[str, str], bool | None]
+"""(reference answer, text) -> right, wrong, or None where the text holds no answer. May raise TimeoutError."""
+
+GRADERS = {
+    "number": "fitness.graders:same_number",
+    "choice": "fitness.graders:same_choice",
+    "exact": "fitness.graders:same_text",
+    "math": "fitness.math_verify:same_expression",
+}
+"""Name -> Grader."""
+EXTRAS = {"math": ("math_verify", "math")}
+"""Grader -> the package that it needs, and mergefront's extra that installs it."""
 
 _MAX_CHARACTERS = 100_000  # of the end of a text: a run-away generation must not cost quadratic time
-_END_OF_THOUGHT = "</think>"
-_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\uff0d": "-"})
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
+_SIGNS = str.maketrans(
+    {"\u2212": "-", "\u2013": "-", "\uff0d": "-", "\u2044": "/", "\uff0c": ",", "\uff0e": ".", "\u00a0": " "}
+)
+_BOXES = ("\\boxed{", "\\fbox{")
 _HASHES = re.compile(r"####\s*([^\n]*)")
 # Digits grouped by commas, or plain; an optional decimal part; an optional denominator. The look-behind
-# keeps the minus of "7-3" from becoming a sign. Bounded repeats keep the time linear.
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3}){1,20}|\d{1,400})(?:\.\d{1,400})?(?:/\d{1,400})?")
+# keeps the minus of "7-3" from becoming a sign; a run of more than 400 digits is no number. Bounded repeats
+# keep the time linear.
+_NUMBER = re.compile(
+    r"(?<![A-Za-z_.\d])[-+]?(?:\d{1,3}(?:,\d{3}){1,20}|\d{1,400})(?![\d])(?:\.\d{1,400})?(?:/\d{1,400})?"
+)
+_FRACTION = re.compile(r"(\d{0,20}) ?\\[dt]?frac(?: ?\{ ?(-?\d{1,50}) ?\} ?\{ ?(-?\d{1,50}) ?\}|(\d)(\d))")
+_LATEX_COMMA = re.compile(r"\{,\}|\\[!,;]")
+_LETTER = re.compile(r"[(\s.*]*(?:\\text(?:bf)?\{)?[(\s.*]*([A-Z])[)\s.*}]*")
+_NAMED_LETTER = re.compile(r"\b(?i:answer|choice|option)\W{0,10}(?i:is|:)?\W{0,10}([A-Z])\b(?!['\u2019])")
+_BRACKETED_LETTER = re.compile(r"\(([A-Z])\)")
+_NAMED_ANSWER = re.compile(r"(?i:\banswer(?: is|:))[ \t]*:?[ \t]*([^\n]*)")
 
 
-def grade(grader: Callable[[str, str], bool | None], reference: str, completion: Completion) -> Verdict:
-    """Judge a completion: cut off, without an answer, right or wrong."""
+def get_grader(name: str) -> Grader:
+    """The grader of a name.
+
+    Raises:
+        ValueError: if there is none, or the package that it needs is not installed.
+    """
+    if name not in GRADERS:
+        raise ValueError(f"grader: expected one of {', '.join(GRADERS)}, got {name!r}")
+    package, extra = EXTRAS.get(name, (None, None))
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(f"grader {name!r} needs the package {package}: pip install 'mergefront[{extra}]'")
+    grader: Grader = pkgutil.resolve_name(GRADERS[name])
+    return grader
+
+
+def grade(grader: Grader, reference: str, completion: Completion) -> Verdict:
+    """Judge a completion: cut off, without an answer, right, wrong, or too hard to tell in time."""
     if completion.finish is Finish.LENGTH:
         return Verdict.TRUNCATED
-    same = grader(reference, completion.text)
+    try:
+        same = grader(reference, completion.text)
+    except TimeoutError:
+        return Verdict.TIMEOUT
     if same is None:
         return Verdict.UNPARSABLE
     return Verdict.CORRECT if same else Verdict.WRONG
@@ -44,26 +90,77 @@ def same_number(reference: str, text: str) -> bool | None:
     return expected is not None and answer == expected
 
 
+def same_choice(reference: str, text: str) -> bool | None:
+    r"""Compare the letter of an option ("B", "(B)", "b") with the one that a text settles on.
+
+    Looked for in this order: the last \boxed{...}, the last `#### ...`, the last "answer is B" or "Answer: B",
+    the last "(B)", and a text that is a letter alone.
+    """
+    answer = final_choice(text)
+    expected = _LETTER.fullmatch(reference.strip().upper())
+    if answer is None:
+        return None
+    return expected is not None and answer == expected[1]
+
+
 def same_text(reference: str, text: str) -> bool | None:
-    """Compare what stands after the thinking part with the reference, ignoring case and outer blanks."""
-    answer = _after_thought(text).strip()
-    return answer.casefold() == reference.strip().casefold() if answer else None
+    r"""Compare a text's answer with the reference, ignoring case, outer blanks, quotes and a full stop.
+
+    The answer is the last \boxed{...}, the last `#### ...`, what follows the last "answer is" or "Answer:", or
+    else the whole of what stands after the thinking part, or its last line.
+    """
+    whole = answer_part(text).strip()
+    if not whole:
+        return None
+    marked = _marked(whole)
+    if marked is None and (named := _NAMED_ANSWER.findall(whole)):
+        marked = named[-1]
+    candidates = [whole, whole.splitlines()[-1]] if marked is None else [marked]
+    return _plain(reference) in map(_plain, candidates)
 
 
 def final_number(text: str) -> Fraction | None:
     """The number that a text gives as its answer, or None."""
-    text = _after_thought(text).translate(_SIGNS)
-    for marker in (_BOXED, _HASHES):
-        if marked := marker.findall(text):
-            return _last_number(marked[-1])
-    return _last_number(text)
+    text = answer_part(text).translate(_SIGNS)
+    marked = _marked(text)
+    return _last_number(text if marked is None else marked)
 
 
-def _after_thought(text: str) -> str:
-    return text[-_MAX_CHARACTERS:].rpartition(_END_OF_THOUGHT)[2]
+def final_choice(text: str) -> str | None:
+    """The letter that a text gives as its answer, or None."""
+    text = answer_part(text)
+    marked = _marked(text)
+    if marked is not None:
+        found = _LETTER.fullmatch(marked)
+        return found[1] if found else None
+    for pattern in (_NAMED_LETTER, _BRACKETED_LETTER):
+        if letters := pattern.findall(text):
+            return str(letters[-1])
+    found = _LETTER.fullmatch(text.strip()) if len(text) < 100 else None
+    return found[1] if found else None
+
+
+def answer_part(text: str) -> str:
+    """What stands after the thinking part; before it, where a thought was opened and never closed."""
+    text = text[-_MAX_CHARACTERS:].rpartition(_END_OF_THOUGHT)[2]
+    return text.partition(_THOUGHT)[0]
+
+
+def _marked(text: str) -> str | None:
+    r"""The content of the last \boxed{...}, or else of the last `#### ...`; None where there is neither."""
+    start = max(text.rfind(box) + len(box) if box in text else -1 for box in _BOXES)
+    if start >= 0:
+        depth = 1
+        for i in range(start, len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if depth == 0:
+                return text[start:i]
+    hashes = _HASHES.findall(text)
+    return hashes[-1] if hashes else None
 
 
 def _last_number(text: str) -> Fraction | None:
+    text = _FRACTION.sub(_as_quotient, _LATEX_COMMA.sub(_keep_comma, text))
     numbers = _NUMBER.findall(text)
     if not numbers:
         return None
@@ -71,3 +168,17 @@ def _last_number(text: str) -> Fraction | None:
         return Fraction(numbers[-1].replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
+
+
+def _keep_comma(found: re.Match[str]) -> str:
+    return "," if found[0] == "{,}" else ""
+
+
+def _as_quotient(found: re.Match[str]) -> str:
+    r"""\frac{a}{b} as "a/b", and 3\frac{1}{2} as "7/2"."""
+    whole, top, bottom = int(found[1] or 0), int(found[2] or found[4]), int(found[3] or found[5])
+    return f"{whole * bottom + top}/{bottom}"
+
+
+def _plain(text: str) -> str:
+    return text.strip().strip("\"'`*$").strip().rstrip(".").strip().casefold()

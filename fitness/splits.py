@@ -15,17 +15,23 @@ SHARES: Mapping[Split, float] = {Split.SEARCH: 0.4, Split.RESERVE: 0.2, Split.HE
 """Expected share of the problems that falls to each split."""
 
 
-def split_of(question: str, seed: int) -> Split:
+TRAINING_SHARES: Mapping[Split, float] = {Split.SEARCH: 2 / 3, Split.RESERVE: 1 / 3}
+"""The same where held-out problems come from other data."""
+
+
+def split_of(question: str, seed: int, shares: Mapping[Split, float] = SHARES) -> Split:
     """The split that a question belongs to."""
     position = _position(question, seed)
-    for split, share in SHARES.items():
+    for split, share in shares.items():
         if position < share:
             return split
         position -= share
-    return Split.HELD_OUT  # rounding at the very end of the interval
+    return list(shares)[-1]  # rounding at the very end of the interval
 
 
-def take(problems: Iterable[Problem], split: Split, n: int | None, seed: int) -> list[Problem]:
+def take(
+    problems: Iterable[Problem], split: Split, n: int | None, seed: int, shares: Mapping[Split, float] = SHARES
+) -> list[Problem]:
     """The first n problems of a split, without duplicates, in the order given; all of them if n is None.
 
     Raises:
@@ -33,14 +39,14 @@ def take(problems: Iterable[Problem], split: Split, n: int | None, seed: int) ->
     """
     found: dict[str, Problem] = {}
     for problem in problems:
-        if split_of(problem.question, seed) is split:
+        if split_of(problem.question, seed, shares) is split:
             found.setdefault(problem.question, problem)
         if n is not None and len(found) == n:
             break
     if n is not None and len(found) < n:
         raise ValueError(
             f"split '{split}' was asked for {n} problems, but this data leaves only {len(found)} for it "
-            f"({SHARES[split]:.0%} of its distinct questions): ask for at most {len(found)} or give more data"
+            f"({shares[split]:.0%} of its distinct questions): ask for at most {len(found)} or give more data"
         )
     return list(found.values())
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +48,8 @@ class Verdict(IntEnum):
     """No answer was found."""
     TRUNCATED = 3
     """Cut off by the token limit: counts as wrong whatever it says, so that a cap never buys accuracy."""
+    TIMEOUT = 4
+    """The grader could not tell in time: counts as wrong, and is reported apart."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,50 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How text is drawn from a model. What is None is as the interface parent's generation config says."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by evo.config: an unknown key is an error
+
+    samples: int = 1
+    """Completions of each problem; more than one needs decoding that is not greedy."""
+    greedy: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, besides the stop tokens; the text is cut off before them."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "samples": (1, 10_000), "temperature": (1e-3, 100.0), "top_p": (1e-6, 1.0), "top_k": (0, 10**9),
+            "min_p": (0.0, 1.0), "repetition_penalty": (0.1, 10.0),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"decoding.{name}: expected {low:g} to {high:g}, got {value!r}")
+        if self.greedy and self.samples > 1:
+            raise ValueError(f"decoding: {self.samples} samples of greedy decoding would all be the same: ask for 1")
+        if "" in self.stop:
+            raise ValueError("decoding.stop: an empty string would end every completion at once")
+
+
+@dataclass(frozen=True)
 class Completion:
     """What a model wrote for one prompt."""
 
     text: str
     """Decoded without the stop token."""
     n_tokens: int
-    """Generated tokens, the stop token included."""
+    """Generated tokens, the stop token included; a completion that was cut off counts as the limit."""
     n_think_tokens: int
     """Of these, the tokens of the thinking part: all up to and including its end tag, 0 where there is none."""
     finish: Finish
+    token_ids: tuple[int, ...] = ()
+    """What was generated."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +123,8 @@ class Score:
     """Shape (P, S)."""
     n_think_tokens: NDArray[np.int32]
     """Shape (P, S)."""
+    orderliness: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Figure -> (P, S); see fitness.orderliness. Summarised, and not kept by the ledger beyond that."""
 
     @property
     def n_problems(self) -> int:
@@ -143,7 +181,9 @@ class Score:
             "think_tokens_mean": float(self.n_think_tokens.mean()),
             "truncated": self.truncated,
             "unparsable": float((self.verdicts == Verdict.UNPARSABLE).mean()),
+            "grader_timeouts": float((self.verdicts == Verdict.TIMEOUT).mean()),
             "n_generated": self.n_generated,
+            **{name: float(values.mean()) for name, values in self.orderliness.items()},
         }
 
 
@@ -176,6 +216,8 @@ class Engine(Protocol):
 
     capabilities: frozenset[str]
     """Of "generate", "logprobs", "routing", "paths"."""
+    batch_size: int | None
+    """Prompts decoded together; None before an automatic choice was made. Text depends on it: a run keeps it."""
 
     def host(self, writer: str, **arguments: Any) -> None:
         """Create the writer beside the weights: `writer` names a callable (slots, **arguments) whose result
@@ -187,11 +229,21 @@ class Engine(Protocol):
         """Let the writer write a recipe, then drop every cache that depends on the weights."""
         ...
 
-    def generate(self, prompts: Sequence[str], *, max_tokens: int, seed: int = 0) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[str], *, max_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
         """Complete prompts (plain user messages), in order.
 
+        A prompt that leaves room for less than max_tokens in the model's context is cut off there and counts
+        max_tokens; one that leaves none gets an empty completion that counts the same.
+
+        Args:
+            prompts: a prompt may occur several times, for several samples of it.
+            max_tokens: a longer completion is cut off.
+            seeds: of each completion, in [0, 2^64); only they make samples differ. None: all 0.
+
         Raises:
-            ValueError: if a prompt and max_tokens together exceed the model's context.
+            ValueError: if no prompt leaves room for max_tokens in the model's context.
         """
         ...
 

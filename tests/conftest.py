@@ -26,6 +26,8 @@ from transformers import (
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
+DATA = Path(os.environ.get("MERGEFRONT_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+"""Real problems (gsm8k_test.jsonl and others), which are not part of the project; tests of them skip without."""
 CHIMERA = Path(__file__).parent.parent / "experiments" / "chimera_mini"
 VOCABULARY = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "</think>", *"0123456789+-*=;?"]
 

@@ -129,7 +129,15 @@ def test_a_bad_config_is_told_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["front"], ["export"], ["status"], ["stop"], ["sync"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["front"], ["export"], ["status"], ["stop"], ["sync"], ["eval"]])
 def test_help_is_worth_reading(command):
     result = mergefront(*command, "--help")
     assert result.returncode == 0 and len(result.stdout) > 300
+
+
+def test_the_live_table_fits_a_terminal_and_shows_orderliness(session):
+    result = mergefront("front", session[0], env={"COLUMNS": "80"})
+    assert result.returncode == 0, result.stderr
+    table = [line for line in result.stdout.splitlines() if not line.startswith("hypervolume")]
+    assert max(map(len, table)) <= 80 and "…" not in result.stdout
+    assert "rep %" in result.stdout and "waits" in result.stdout

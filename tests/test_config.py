@@ -4,6 +4,8 @@ import pytest
 
 from evo.config import ConfigError, changed_keys, component_options, load_config
 from evo.optimizers import OPTIMIZERS
+from fitness.engines import ENGINES
+from fitness.types import Decoding
 
 GOOD = """\
 parents:
@@ -49,7 +51,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("{candidates: 10}", "{}"): ["at least one of candidates, tokens, hours"],
     ("kind: cma_es", "kind: cma_ess"): ["search.yaml:7", "'cma_ess'", "did you mean 'cma_es'?"],
     ("kind: block", "kind: blocks"): ["search.yaml:4", "did you mean 'block'?"],
-    ("kind: arithmetic", "kind: gsm8k"): ["search.yaml:5", "no task is called 'gsm8k'", "arithmetic, table"],
+    ("kind: arithmetic", "kind: gsm9k"): ["search.yaml:5", "no task is called 'gsm9k'", "did you mean 'gsm8k'?"],
     ("sigma: 0.2", "sgma: 0.2"): ["search.yaml:7: optimizer.sgma", "did you mean 'sigma'?"],
     ("sigma: 0.2", "sigma: wide"): ["search.yaml:7: optimizer.sigma", "valid number", "'wide'"],
     ("dtype: float32", "dtipe: float32"): ["search.yaml:6: engine.dtipe", "did you mean 'dtype'?"],
@@ -124,3 +126,64 @@ def test_methods_on_task_vectors_start_from_the_ancestor_too(write):
     config = load_config(write(text + "base: b\n"))
     assert (config.space_base, config.space.knobs) == ("base", {"density": (0.2, 1.0), "density:concise": 1.0})
     assert changed_keys(config.model_dump(mode="json"), config.model_dump(mode="json")) == []
+
+
+@pytest.mark.parametrize(
+    ("decoding", "message"),
+    [
+        ("{samples: 0}", "engine.decoding: decoding.samples: expected 1 to 10000, got 0"),
+        ("{temprature: 1}", "temprature"),
+        ("{samples: 4, greedy: true}", "would all be the same"),
+        ("{temperature: hot}", "'hot'"),
+    ],
+)
+def test_decoding_is_checked(write, decoding, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(GOOD.replace("max_tokens: 64", f"max_tokens: 64, decoding: {decoding}")))
+    assert message in str(error.value) and "search.yaml:6: engine.decoding" in str(error.value)
+
+
+def test_decoding_and_orderliness(write):
+    text = GOOD.replace("max_tokens: 64", "max_tokens: 64, decoding: {samples: 4, stop: [Q]}, batch_size: auto")
+    config = load_config(write(text + "orderliness: {corrections: {mine: [oops]}}\n"))
+    assert component_options(config.engine, ENGINES)["decoding"] == Decoding(samples=4, stop=("Q",))
+    assert config.orderliness.n_corrections("oops wait") == 1
+    assert changed_keys(config.model_dump(mode="json"), config.model_dump(mode="json")) == []
+
+
+def test_what_an_engine_lacks_is_told_when_the_config_is_read(write, monkeypatch):
+    from search_spaces import SPACES
+    from search_spaces.block import block
+
+    class Deaf:
+        """An engine that generates and no more."""
+
+        capabilities = frozenset({"generate"})
+
+        def __init__(self, checkpoint, *, dtype: str = "float32"):
+            pass
+
+    class Router(Deaf):
+        """An engine that records routing too."""
+
+        capabilities = frozenset({"generate", "routing"})
+
+    def picky(layout, ingredients):
+        """A space that looks at routing."""
+
+    picky.needs = frozenset({"routing"})
+    assert not hasattr(block, "needs")
+    for name, found in {"deaf": Deaf, "router": Router, "picky": picky}.items():
+        monkeypatch.setattr(f"tests.{name}", found, raising=False)
+    monkeypatch.setitem(ENGINES, "deaf", "tests:deaf")
+    monkeypatch.setitem(SPACES, "picky", "tests:picky")
+    text = GOOD.replace("{kind: block, roles: [[attention, norm], [ffn]]}", "{kind: picky}")
+    text = text.replace("max_tokens: 64", "kind: deaf, max_tokens: 64")
+    with pytest.raises(
+        ConfigError, match=r"search.yaml:4: space.kind: 'picky' needs routing, .*'deaf' lacks; .*none yet"
+    ):
+        load_config(write(text))
+    monkeypatch.setitem(ENGINES, "router", "tests:router")
+    with pytest.raises(ConfigError, match="engines that have it: router"):
+        load_config(write(text))
+    load_config(write(text.replace("kind: deaf", "kind: router")))

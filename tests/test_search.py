@@ -387,5 +387,35 @@ def test_swaps_are_baselines_and_the_optimizer_starts_from_the_best(tmp_path):
     assert np.allclose(first.ask.genome, best.ask.genome, atol=0.01)
 
 
+def test_an_automatic_batch_size_is_found_once_and_kept_in_the_run(tmp_path, monkeypatch):
+    path = write_config(tmp_path, candidates=2)
+    path.write_text(path.read_text().replace("batch_size: 64", "batch_size: auto"))
+    search = Search.from_yaml(path, tmp_path / "run")
+    monkeypatch.setattr("fitness.engines.transformers.rows_that_fit", lambda *_: 16)
+    search.run()
+    monkeypatch.setattr("fitness.engines.transformers.rows_that_fit", lambda *_: pytest.fail("looked for again"))
+    search.run(budget=Budget(candidates=3))
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        assert ledger.meta("batch_size") == 16
+
+
+def test_samples_are_drawn_alike_for_twins_and_scored_as_a_matrix(tmp_path):
+    """A space of one gene whose ends are the parents: the same weights and seeds give the same outcome."""
+    path = write_config(tmp_path, optimizer="{kind: line_sweep, points: 2}", candidates=6)
+    drawn = "decoding: {samples: 3, greedy: false, temperature: 0.7}, batch_size"
+    path.write_text(path.read_text().replace("batch_size", drawn) + "space: {kind: line}\n")
+    search = Search.from_yaml(path, tmp_path / "run")
+    front = search.run()
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        scores = {row.ask.name: ledger.score(row.search) for row in front.evaluated}
+    assert {score.verdicts.shape for score in scores.values()} == {(SIZES["search"], 3)}
+    tokens = [score.n_tokens for score in scores.values()]
+    assert any((t[:, 0] != t[:, 1]).any() for t in tokens)
+    ends = [score for name, score in scores.items() if name not in ("reasoner", "concise", "average")]
+    for end in (ends[0], ends[-1]):
+        twins = [scores[p] for p in ("reasoner", "concise")]
+        assert any(np.array_equal(end.n_tokens, p.n_tokens) and np.array_equal(end.verdicts, p.verdicts) for p in twins)
+
+
 def _search_entries(search):
     return [e for e in events(search.folder)[1] if e[1] is Split.SEARCH]

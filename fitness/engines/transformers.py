@@ -1,10 +1,6 @@
-"""The default engine: one resident `transformers` model, written in place, decoded greedily in batches.
+"""The default engine: one resident `transformers` model, written in place, decoded in a batch that is refilled.
 
-`model.generate` keeps computing rows that have already stopped until the last one does. Answers differ in
-length many times over (that is what a search here is about), so this engine decodes with a short loop of
-its own that drops finished rows from the batch and its key-value cache.
-
-Shapes: B rows still generating, L columns of the cache, V vocabulary.
+Knows text: templates, tokenizer, stop strings, thinking tags. The loop over tokens is in decoding.py.
 """
 
 from __future__ import annotations
@@ -21,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from fitness.types import Completion, Finish
-
-COMPACT_SHARE = 0.125
-"""Finished rows are dropped once they are this share of the batch; each drop copies the rest of the cache."""
+from fitness.engines.columns import bytes_per_token, is_columnar
+from fitness.engines.decoding import Decoder, Request
+from fitness.engines.memory import free_bytes, rows_that_fit
+from fitness.engines.sampling import Sampler
+from fitness.types import Completion, Decoding, Finish
 
 
 class TransformersEngine:
@@ -36,11 +33,16 @@ class TransformersEngine:
             quantised.
         dtype: of the resident weights and of all arithmetic: "float32", "bfloat16", "float16".
         device: "auto" takes a GPU where there is one.
-        batch_size: prompts decoded together. Greedy text depends on it, so it is fixed for a run.
+        batch_size: prompts decoded together. Text depends on it, so it is fixed for a run; "auto" finds it
+            from free memory at the first call of `generate`.
+        decoding: how text is drawn; default: as the checkpoint's generation config says.
+        system: a system message before every prompt.
+        chat: further arguments of the chat template, such as `enable_thinking`.
         options: passed on to from_pretrained (attn_implementation, experts_implementation, ...).
 
     Raises:
-        ValueError: if the device is not there, or nothing names a stop token.
+        ValueError: if the device is not there, nothing names a stop token, or the generation config asks for
+            what is not followed here.
     """
 
     capabilities = frozenset({"generate"})
@@ -51,7 +53,10 @@ class TransformersEngine:
         *,
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         device: str = "auto",
-        batch_size: Annotated[int, Ge(1)] = 32,
+        batch_size: Annotated[int, Ge(1)] | Literal["auto"] = 32,
+        decoding: Decoding | None = None,
+        system: str | None = None,
+        chat: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if device == "auto":
@@ -59,14 +64,24 @@ class TransformersEngine:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here: use 'auto' or 'cpu'")
-        self._batch_size = batch_size
+        self.batch_size = None if batch_size == "auto" else batch_size
+        self._decoding = decoding or Decoding()
+        self._messages = [{"role": "system", "content": system}] if system else []
+        self._chat = dict(chat or {})
         logging.disable_progress_bar()
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self._model = load_model(checkpoint, getattr(torch, dtype), **(options or {})).to(self.device)
         self._model.eval()
         self._slots = find_slots(self._model)
         self._writer: Any = None
-        self._stop_ids = torch.tensor(_stop_ids(self._model.generation_config, self._tokenizer), device=self.device)
+        self._stop_ids = _stop_ids(self._model.generation_config, self._tokenizer)
+        self._decoder = Decoder(
+            self._model,
+            Sampler(self._model.generation_config, self._decoding),
+            torch.tensor(self._stop_ids, device=self.device),
+            self._find_stop_strings if self._decoding.stop else None,
+            refill=is_columnar(self._model.config),
+        )
         self._end_of_thought: int | None = self._tokenizer.get_vocab().get("</think>")
         self._context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -84,91 +99,74 @@ class TransformersEngine:
             raise RuntimeError("engine.host(...) must be called before engine.update(...)")
         return self._writer.write(recipe)
 
-    def generate(self, prompts: Sequence[str], *, max_tokens: int, seed: int = 0) -> list[Completion]:
-        """See Engine. Greedy, so the seed changes nothing.
+    def generate(
+        self, prompts: Sequence[str], *, max_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """See Engine.
 
         Raises:
+            ValueError: if no prompt leaves room for max_tokens.
             FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
         """
-        encoded = [self._encode(prompt) for prompt in prompts]
-        self._check_context(encoded, max_tokens)
-        completions: list[Completion] = []
-        for start in range(0, len(encoded), self._batch_size):
-            batch = encoded[start : start + self._batch_size]
-            completions += [self._completion(ids, max_tokens) for ids in self._decode(batch, max_tokens)]
-        return completions
+        encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys(prompts)}
+        room = self._room(list(encoded.values()), max_tokens)
+        if self.batch_size is None:
+            longest = max((len(ids) for ids in encoded.values()), default=0)
+            self.batch_size = self._find_batch_size(longest + max_tokens)
+        requests = [
+            Request(encoded[prompt], max(0, min(max_tokens, room - len(encoded[prompt]))), seed)
+            for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True)
+        ]
+        written = self._decoder.decode(requests, self.batch_size)
+        return [self._completion(ids, max_tokens) for ids in written]
 
     def _encode(self, prompt: str) -> list[int]:
         """Token ids of a user message, through the chat template where the tokenizer has one."""
         if self._tokenizer.chat_template is None:
-            return list(self._tokenizer(prompt)["input_ids"])
-        message = [{"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            text = "\n\n".join([message["content"] for message in self._messages] + [prompt])
+            return list(self._tokenizer(text)["input_ids"])
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._chat)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
 
-    def _check_context(self, encoded: Sequence[Sequence[int]], max_tokens: int) -> None:
-        longest = max((len(ids) for ids in encoded), default=0)
-        if self._context is not None and longest + max_tokens > self._context:
+    def _room(self, encoded: Sequence[Sequence[int]], max_tokens: int) -> int:
+        """Tokens that a prompt and its completion may have together."""
+        if self._context is None:
+            return max((len(ids) for ids in encoded), default=0) + max_tokens
+        shortest = min((len(ids) for ids in encoded), default=0)
+        if shortest + max_tokens > self._context:
             raise ValueError(
-                f"the longest prompt has {longest} tokens; with max_tokens {max_tokens} that exceeds the "
-                f"model's context of {self._context}: lower max_tokens to {self._context - longest} or less, "
-                "or leave such problems out"
+                f"the shortest prompt has {shortest} tokens; with max_tokens {max_tokens} that exceeds the "
+                f"model's context of {self._context}: lower max_tokens to {max(0, self._context - shortest)} or less"
             )
+        return int(self._context)
 
     @torch.inference_mode()
-    def _decode(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """Greedy continuation of each prompt, the stop token included."""
-        ids, mask = self._pad_left(prompts, max_tokens)
-        n_columns = ids.shape[1]
-        positions = (mask[:, :n_columns].cumsum(1) - 1).clamp_(min=0)
-        cache = DynamicCache(config=self._model.config)
-        rows = torch.arange(len(prompts), device=self.device)  # (B,) which prompt each row belongs to
-        written = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=self.device)
-        n_written = torch.full((len(prompts),), max_tokens, device=self.device)
-        active = torch.ones(len(prompts), dtype=torch.bool, device=self.device)  # (B,)
-        for step in range(max_tokens):
-            logits = self._model(
-                input_ids=ids,
-                attention_mask=mask[:, : n_columns + step],
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits[:, -1]  # (B, V)
-            best, tokens = logits.max(dim=-1)
-            if not torch.isfinite(best).all():
-                raise FloatingPointError("the model's logits are not finite")
-            written[rows, step] = tokens
-            stopped = active & torch.isin(tokens, self._stop_ids)
-            n_written[rows[stopped]] = step + 1
-            active = active & ~stopped
-            n_active = int(active.sum())
-            if n_active == 0:
-                break
-            ids, positions = tokens[:, None], positions[:, -1:] + 1
-            if len(active) - n_active >= COMPACT_SHARE * len(active):
-                keep = active.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                ids, positions, mask, rows, active = (t[keep] for t in (ids, positions, mask, rows, active))
-        return [written[i, : n_written[i]].tolist() for i in range(len(prompts))]
+    def _find_batch_size(self, n_tokens: int) -> int:
+        """How many rows of so many tokens find room beside the model."""
+        cache = DynamicCache()
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        logits = self._model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        row_bytes = n_tokens * bytes_per_token(cache) + 8 * logits.numel() * 4  # float64 copies of logits
+        return rows_that_fit(row_bytes, free_bytes(self.device), self.device)
 
-    def _pad_left(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) and a mask (B, L + max_tokens) that is already set for the tokens to come."""
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.ones(len(prompts), width + max_tokens, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, : width - len(prompt)] = 0
-        return ids.to(self.device), mask.to(self.device)
+    def _find_stop_strings(self, tail: Tensor) -> Tensor:
+        texts = (self._tokenizer.decode([i for i in row if i >= 0]) for row in tail.tolist())
+        found = [any(string in text for string in self._decoding.stop) for text in texts]
+        return torch.tensor(found, device=tail.device)
 
     def _completion(self, ids: list[int], max_tokens: int) -> Completion:
-        stopped = bool(ids) and ids[-1] in self._stop_ids.tolist()
-        text = self._tokenizer.decode(ids[:-1] if stopped else ids, clean_up_tokenization_spaces=False)
+        by_token = bool(ids) and ids[-1] in self._stop_ids
+        text = self._tokenizer.decode(ids[:-1] if by_token else ids, clean_up_tokenization_spaces=False)
+        cuts = [at for string in self._decoding.stop if (at := text.find(string)) >= 0]
+        stopped = by_token or bool(cuts)
+        text = text[: min(cuts, default=len(text))]
         return Completion(
             text=text,
-            n_tokens=len(ids),
+            n_tokens=len(ids) if stopped else max_tokens,
             n_think_tokens=self._count_thinking(ids, text),
             finish=Finish.STOP if stopped else Finish.LENGTH,
+            token_ids=tuple(ids),
         )
 
     def _count_thinking(self, ids: list[int], text: str) -> int:

@@ -1,4 +1,4 @@
-"""Any table with a question and an answer column: a JSONL file, or a data set by its hub name.
+"""Any table with a question and an answer column: a JSONL or parquet file, or a data set by its hub name.
 
 Worked instance (openai/gsm8k):
     question  "Natalia sold clips to 48 of her friends in April, and then half as many in May. ..."
@@ -7,14 +7,13 @@ Worked instance (openai/gsm8k):
 
 from __future__ import annotations
 
-import pkgutil
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from fitness.graders import GRADERS, grade
-from fitness.splits import take
+from fitness.graders import get_grader, grade
+from fitness.splits import TRAINING_SHARES, take
 from fitness.types import Completion, Problem, Split, Verdict
 
 Size = Annotated[int, Ge(1)]
@@ -23,10 +22,16 @@ Size = Annotated[int, Ge(1)]
 class Table:
     """Problems read through `datasets`.
 
+    With `test_subset` (or `test_path`), search and reserve come from the training data and held-out problems
+    from the test data; a question that stands in both is left to the test data. Without, one table is cut in
+    three. Either way a hash of the text decides, so that splits never share a problem.
+
     Args:
-        path: a .jsonl file, or a data set name such as "openai/gsm8k".
+        path: a .jsonl, .json or .parquet file, or a data set name such as "openai/gsm8k".
         question, answer: names of the columns.
-        name, subset: configuration and split of a hub data set, e.g. "main" and "train".
+        options: name of a column with a list of options, which are appended to the question.
+        name, subset, revision: configuration, split and revision of a hub data set, e.g. "main" and "train".
+        test_path, test_subset: where held-out problems come from; each defaults to the training data's.
         template: the prompt, with {question} where the question goes.
         grader: a name in fitness.graders.GRADERS.
         search, reserve, held_out: number of problems of each split; None takes all there are.
@@ -42,8 +47,12 @@ class Table:
         path: str,
         question: str = "question",
         answer: str = "answer",
+        options: str | None = None,
         name: str | None = None,
         subset: str = "train",
+        revision: str | None = None,
+        test_path: str | None = None,
+        test_subset: str | None = None,
         template: str = "{question}",
         grader: str = "number",
         search: Size | None = None,
@@ -53,21 +62,26 @@ class Table:
     ) -> None:
         if "{question}" not in template:
             raise ValueError(f"template: expected a text with {{question}} in it, got {template!r}")
-        if grader not in GRADERS:
-            raise ValueError(f"grader: expected one of {', '.join(GRADERS)}, got {grader!r}")
+        self._grader = get_grader(grader)
         self._template = template
-        self._grader = pkgutil.resolve_name(GRADERS[grader])
         self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
         self._seed = seed
-        rows = _load(path, name, subset)
-        if missing := [column for column in (question, answer) if column not in rows.column_names]:
-            raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(rows.column_names)}")
-        pairs = zip(rows[question], rows[answer], strict=True)
-        self._problems = [Problem(str(q), str(a)) for q, a in pairs if q is not None and a is not None]
+        columns = (question, answer, options)
+        self._problems = read(path, columns, name, subset, revision)
+        self._test = None
+        if test_path or test_subset:
+            self._test = read(test_path or path, columns, name, test_subset or subset, revision)
+            public = {problem.question for problem in self._test}
+            self._problems = [problem for problem in self._problems if problem.question not in public]
 
     def problems(self, split: Split) -> list[Problem]:
         """See Task."""
-        return take(self._problems, split, self._sizes[split], self._seed)
+        size = self._sizes[split]
+        if self._test is None:
+            return take(self._problems, split, size, self._seed)
+        if split is Split.HELD_OUT:
+            return take(self._test, split, size, self._seed, {split: 1.0})
+        return take(self._problems, split, size, self._seed, TRAINING_SHARES)
 
     def prompt(self, problem: Problem) -> str:
         """See Task."""
@@ -78,15 +92,41 @@ class Table:
         return grade(self._grader, problem.answer, completion)
 
 
-def _load(path: str, name: str | None, subset: str) -> Any:
+def read(
+    path: str, columns: tuple[str, str, str | None], name: str | None, subset: str, revision: str | None
+) -> list[Problem]:
+    """The problems of a table, without rows that lack a question or an answer.
+
+    Raises:
+        ValueError: if the data cannot be read, lack a column or hold no problem.
+    """
+    rows = _load(path, name, subset, revision)
+    wanted = [column for column in columns if column is not None]
+    if missing := [column for column in wanted if column not in rows.column_names]:
+        raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(rows.column_names)}")
+    values = [rows[column] for column in wanted]
+    found = [
+        Problem("\n".join([str(question).strip(), *map(str, options[0] if options else ())]), str(answer).strip())
+        for question, answer, *options in zip(*values, strict=True)
+        if str(question or "").strip() and answer is not None and str(answer).strip()
+    ]
+    if not found:
+        raise ValueError(f"{path} holds no row with both a {wanted[0]!r} and an {wanted[1]!r}")
+    return found
+
+
+def _load(path: str, name: str | None, subset: str, revision: str | None) -> Any:
     import datasets  # heavy: only loaded by runs that read a table
 
     datasets.disable_progress_bars()
+    readers = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet"}
     try:
-        if path.endswith((".jsonl", ".json")):
+        if (suffix := Path(path).suffix) in readers:
             if not Path(path).is_file():
                 raise ValueError(f"no such file: {path}")
-            return datasets.Dataset.from_json(path)
-        return datasets.load_dataset(path, name, split=subset)
-    except (OSError, datasets.exceptions.DatasetsError, ConnectionError) as error:
-        raise ValueError(f"cannot read data set {path!r}: {error}") from error
+            return getattr(datasets.Dataset, readers[suffix])(path)
+        return datasets.load_dataset(path, name, split=subset, revision=revision)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError, ConnectionError) as error:
+        raise ValueError(
+            f"cannot read data set {path!r}: {error}. Without a network, give a file: path: FILE.jsonl"
+        ) from error

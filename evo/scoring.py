@@ -1,0 +1,90 @@
+"""Scores one checkpoint folder on tasks, outside any search: what `mergefront eval` does."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evo.config import EngineConfig, TaskConfig, component_options, validated
+from fitness.engines import ENGINES
+from fitness.evaluator import Evaluator
+from fitness.orderliness import Orderliness
+from fitness.tasks import TASKS
+from fitness.types import Decoding, Split
+
+
+def score_checkpoint(
+    checkpoint: Path,
+    tasks: Sequence[Mapping[str, Any]],
+    engine: Mapping[str, Any],
+    *,
+    split: Split = Split.HELD_OUT,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The figures of a checkpoint on each task, in order; see Score.summary.
+
+    Args:
+        checkpoint: folder in the Hugging Face layout.
+        tasks: as the config's section `task`.
+        engine: as the config's section `engine`.
+        split: of each task.
+        seed: of the draws, where decoding is not greedy.
+
+    Raises:
+        ConfigError: for unknown tasks, engines or options.
+        ValueError: if the folder is no checkpoint, or a task's data cannot be read.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"no checkpoint in {checkpoint}: expected a folder with config.json and safetensors files")
+    configs = [validated(TaskConfig, TASKS, task) for task in tasks]
+    engine_config = validated(EngineConfig, ENGINES, engine)
+    options = component_options(engine_config, ENGINES)
+    built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config, TASKS)) for config in configs]
+    problems = [task.problems(split) for task in built]  # bad data are told before the model is loaded
+    resident = pkgutil.resolve_name(ENGINES[engine_config.kind])(str(checkpoint), **options)
+    samples, found = options.get("decoding", Decoding()).samples, []
+    for config, task, asked in zip(configs, built, problems, strict=True):
+        evaluator = Evaluator(resident, task, engine_config.max_tokens, Orderliness(), samples, seed)
+        score, _ = evaluator.evaluate(asked)
+        found.append({"task": config.kind, "split": str(split), "n_samples": samples, **score.summary()})
+    return found
+
+
+def harness(checkpoint: Path, task: str, *, dtype: str, device: str, limit: int | None) -> dict[str, Any]:
+    """Results of EleutherAI's lm-evaluation-harness on a checkpoint, with its own prompts and decoding.
+
+    Raises:
+        ValueError: if the package is not installed, or does not know the task.
+    """
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ValueError(f"--harness needs lm-eval ({error}): pip install 'mergefront[harness]'") from error
+    arguments = {"pretrained": str(checkpoint), "dtype": dtype}
+    where = {} if device == "auto" else {"device": device}
+    try:
+        results = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=[task], limit=limit, **where)
+    except KeyError as error:
+        raise ValueError(f"lm-eval knows no task {task!r}: {error}") from error
+    plain: dict[str, Any] = json.loads(json.dumps(results["results"], default=str))
+    return plain
+
+
+def describe(figures: Mapping[str, Any]) -> str:
+    """The figures of one task in a few lines."""
+    f = figures
+    samples = f" x {f['n_samples']} samples" if f["n_samples"] > 1 else ""
+    return (
+        f"{f['task']} ({f['split']}, n = {f['n_problems']}{samples})\n"
+        f"  accuracy      {100 * f['accuracy']:.1f} ± {100 * f['accuracy_stderr']:.1f} %\n"
+        f"  tokens        mean {f['tokens_mean']:.1f} ± {f['tokens_mean_stderr']:.1f}, "
+        f"median {f['tokens_median']:.0f}, p90 {f['tokens_p90']:.0f}\n"
+        f"  thinking      {f['think_tokens_mean']:.1f} tokens, {100 * f['well_formed']:.1f} % well-formed\n"
+        f"  orderliness   {100 * f['repeated_ngrams']:.1f} % repeated n-grams, "
+        f"{f['corrections_per_100']:.2f} self-corrections per 100 tokens\n"
+        f"  truncated     {100 * f['truncated']:.1f} %, without an answer {100 * f['unparsable']:.1f} %, "
+        f"grader out of time {100 * f['grader_timeouts']:.1f} %"
+    )

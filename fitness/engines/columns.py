@@ -1,0 +1,137 @@
+"""A key-value cache whose rows come and go: what continuous batching needs of a cache.
+
+All rows write into the same column at each step, so that a step is one slice assignment. A row that joins
+late has its prompt end at the current column and starts further right; a mask hides what lies left of it.
+Positions are per row and were applied before keys are cached (rotary embeddings), so where a row sits does
+not matter. Sliding-window layers are kept in full: their window is a band of the mask.
+
+Shapes: B rows, H heads, C columns, D head size. Knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+SPARE_COLUMNS = 32
+"""Least room to the right after columns were moved; the room is half of what is in use, where that is more."""
+
+
+class Columns(Cache):  # type: ignore[misc]  # transformers has no types
+    """Rows 0..n_rows-1 are in use, and of each the columns up to `end`.
+
+    Args:
+        capacity: largest number of rows.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.n_rows = self.first = self.end = 0
+        self.rows = slice(0, 0)
+        """Rows that the coming forward pass is about."""
+        self.past = 0
+        """Columns that the coming forward pass sees besides those it adds."""
+        super().__init__(layer_class_to_replicate=partial(_Layer, self))
+
+    def join(self, n_rows: int, width: int) -> None:
+        """Make ready for a forward pass over the prompts of new rows, left-padded to `width` columns."""
+        if self.end < width:
+            self._move(self.end - self.first, to=width)
+        self.first = min(self.first, self.end - width)
+        self.rows, self.past = slice(self.n_rows, self.n_rows + n_rows), 0
+        self.n_rows += n_rows
+
+    def step(self, longest: int) -> None:
+        """Make ready for a forward pass over one more token of every row.
+
+        Args:
+            longest: tokens that are cached of the longest row; columns further left are of no use.
+        """
+        self.first = self.end - longest
+        if self.end == self.layers[0].keys.shape[2]:
+            self._move(longest, to=longest)
+        self.rows, self.past = slice(0, self.n_rows), longest
+        self.end += 1
+
+    def drop(self, rows: list[int]) -> list[int]:
+        """Forget rows; the last ones move into the holes. Returns the old numbers of the rows that are left."""
+        gone, n_left = set(rows), self.n_rows - len(rows)
+        holes = sorted(row for row in rows if row < n_left)
+        moved = [row for row in range(n_left, self.n_rows) if row not in gone]
+        order = list(range(n_left))
+        for hole, row in zip(holes, moved, strict=True):
+            order[hole] = row
+        used = slice(self.first, self.end)
+        for layer in self.layers if holes else ():
+            for buffer in (layer.keys, layer.values):
+                buffer[holes, :, used] = buffer[moved, :, used]
+        self.n_rows = n_left
+        return order
+
+    def _move(self, n_used: int, to: int) -> None:
+        """Copy the used columns into new buffers, where they end at column `to`."""
+        spare = max(SPARE_COLUMNS, n_used // 2)
+        for layer in self.layers:
+            layer.keys = self._moved(layer.keys, n_used, to, spare)
+            layer.values = self._moved(layer.values, n_used, to, spare)
+        self.first, self.end = to - n_used, to
+
+    def _moved(self, old: Tensor, n_used: int, to: int, spare: int) -> Tensor:
+        # Zeros, not rubbish: a masked column counts as 0 times its value, and 0 times NaN is NaN.
+        new = old.new_zeros(old.shape[0], old.shape[1], to + spare, old.shape[3])
+        new[: self.n_rows, :, to - n_used : to] = old[: self.n_rows, :, self.end - n_used : self.end]
+        return new
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer: (capacity, H, C, D) each."""
+
+    def __init__(self, cache: Columns) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See CacheLayerMixin."""
+        n_columns = self._cache.end + SPARE_COLUMNS
+        self.keys, self.values = (
+            states.new_zeros(self._cache.capacity, states.shape[1], n_columns, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new columns; return them with those before them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, end, n_new = self._cache.rows, self._cache.end, key_states.shape[2]
+        self.keys[rows, :, end - n_new : end] = key_states
+        self.values[rows, :, end - n_new : end] = value_states
+        first = end - n_new - self._cache.past
+        return self.keys[rows, :, first:end], self.values[rows, :, first:end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """See CacheLayerMixin."""
+        return self._cache.past + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """See CacheLayerMixin."""
+        return self._cache.past
+
+    def get_max_length(self) -> int:
+        """See CacheLayerMixin."""
+        return -1
+
+
+def is_columnar(config: PretrainedConfig) -> bool:
+    """Whether every layer of a model keeps plain keys and values, which is all that Columns can hold."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+
+
+def bytes_per_token(cache: Cache) -> int:
+    """Memory of one token of one row, of a cache that holds one token of one row."""
+    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+    return sum(t[:1, :, :1].nbytes for t in tensors)

@@ -1,0 +1,32 @@
+"""How many sequences find room beside a model: the batch size that "auto" stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+SHARE = {"cpu": 0.5, "cuda": 0.8}
+"""Of the free memory, how much a batch may take. Buffers of the cache are half as large again as what is in use."""
+MOST = {"cpu": 128, "cuda": 512}
+"""Rows beyond which throughput hardly grows."""
+BUFFER_FACTOR = 2.5
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be used on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return 4 * 2**30
+
+
+def rows_that_fit(row_bytes: int, n_free: int, device: torch.device) -> int:
+    """The largest power of two of rows of so many bytes that fits, and at least 1."""
+    n = int(SHARE.get(device.type, 0.5) * n_free / (BUFFER_FACTOR * row_bytes))
+    n = max(1, min(n, MOST.get(device.type, 128)))
+    return 1 << (n.bit_length() - 1)

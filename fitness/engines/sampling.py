@@ -1,0 +1,114 @@
+"""From logits to the next token, as a generation config says: greedy, or drawn with numbers of our own.
+
+The uniform number of a draw is a hash of (seed of the completion, step): a row's draw depends neither on its
+place in the batch nor on what else is in it, and every candidate meets the same numbers, which makes
+differences between candidates less noisy (common random numbers).
+
+Shapes: B rows, V vocabulary, L tokens of the longest row. Knows nothing of models, caches and text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fitness.types import Decoding
+
+_IGNORED = ("no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff", "bad_words_ids", "num_beams")
+"""Settings of a generation config that would change the text and that are not followed here."""
+
+
+class Sampler:
+    """Picks the next token of each row. What neither the generation config nor `decoding` sets is off.
+
+    Args:
+        generation: of the interface parent.
+        decoding: what the config of the run wants otherwise.
+
+    Raises:
+        ValueError: if the generation config asks for what is not followed here, or if several samples are
+            wanted of greedy decoding.
+    """
+
+    def __init__(self, generation: GenerationConfig, decoding: Decoding) -> None:
+        def setting(name: str) -> Any:
+            chosen = getattr(decoding, name)
+            return getattr(generation, name, None) if chosen is None else chosen
+
+        unmet = [name for name in _IGNORED if getattr(generation, name, None) not in (None, 0, 1, 1.0, 0.0)]
+        if unmet:
+            raise ValueError(
+                f"generation_config.json sets {', '.join(unmet)}, which this engine does not follow: remove it there, "
+                "or take another parent as the interface"
+            )
+        self.greedy = not generation.do_sample if decoding.greedy is None else decoding.greedy
+        if self.greedy and decoding.samples > 1:
+            raise ValueError(
+                f"decoding.samples is {decoding.samples}, but decoding is greedy, so all samples would be the same: "
+                "set decoding.greedy to false, or samples to 1"
+            )
+        penalty = setting("repetition_penalty")
+        self._penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if _is(penalty, 1.0) else [])
+        self._warpers = LogitsProcessorList()
+        if not self.greedy:
+            if _is(temperature := setting("temperature"), 1.0):
+                self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+            if _is(top_k := setting("top_k"), 0):
+                self._warpers.append(TopKLogitsWarper(int(top_k)))
+            if _is(top_p := setting("top_p"), 1.0):
+                self._warpers.append(TopPLogitsWarper(float(top_p)))
+            if _is(min_p := setting("min_p"), 0.0):
+                self._warpers.append(MinPLogitsWarper(float(min_p)))
+
+    def __call__(self, logits: Tensor, history: Tensor, seeds: NDArray[np.uint64], steps: NDArray[np.int64]) -> Tensor:
+        """The next token of each row, shape (B,).
+
+        Args:
+            logits: (B, V), of any float type.
+            history: (B, L) prompt and text so far; short rows are filled up with tokens that they hold.
+            seeds: (B,) of the completions.
+            steps: (B,) tokens that each row has generated so far.
+        """
+        if self._penalty:
+            logits = self._penalty(history, logits.float())
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        scores = self._warpers(history, logits.float())
+        # In float64 the order of summation does not move a draw over the border between two tokens.
+        cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
+        draws = torch.from_numpy(uniforms(seeds, steps)).to(logits.device)
+        drawn = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+        return drawn.clamp_(max=logits.shape[-1] - 1)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether what was said before changes what is said next."""
+        return len(self._penalty) > 0
+
+
+def uniforms(seeds: NDArray[np.uint64], steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each (seed, step): SplitMix64 (Steele, Lea, Flood 2014) at that place of its stream."""
+    with np.errstate(over="ignore"):
+        z = seeds + (steps.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return np.asarray((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _is(value: Any, neutral: float) -> bool:
+    """Whether a setting is there and does something."""
+    return value is not None and value != neutral

@@ -1,0 +1,110 @@
+"""Several tasks as one: each gives problems in proportion to its weight.
+
+A mean over the problems of a mixture is so the weighted mean over its tasks, with nothing else to keep.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from fitness.types import Completion, Problem, Split, Task, Verdict
+
+Size = Annotated[int, Ge(1)]
+
+
+class Mixture:
+    """A weighted mixture.
+
+    Args:
+        tasks: each with `kind`, `weight` (1 where it is not given) and the options of that task, except
+            sizes. A part whose kind has only a public test set counts in held-out alone.
+        search, reserve, held_out: problems of each split, over all parts.
+
+    Raises:
+        ValueError: for an unknown kind or option, a weight that is not positive, or data that cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[Mapping[str, Any]],
+        search: Size = 200,
+        reserve: Size = 100,
+        held_out: Size = 400,
+    ) -> None:
+        if not tasks:
+            raise ValueError("tasks: expected at least one")
+        self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
+        self._tasks, self._weights = list(tasks), [float(part.get("weight", 1.0)) for part in tasks]
+        if min(self._weights) <= 0:
+            raise ValueError(f"tasks: expected weights above 0, got {self._weights}")
+        self._owner: dict[str, Task] = {}
+        self._splits: dict[Split, list[Problem]] = {}
+        taken: set[str] = set()
+        for split in (Split.HELD_OUT, Split.RESERVE, Split.SEARCH):  # a question of two parts stays where it first is
+            self._splits[split] = [p for p in self._gather(split) if p.id not in taken]
+            taken |= {problem.id for problem in self._splits[split]}
+
+    def problems(self, split: Split) -> list[Problem]:
+        """See Task."""
+        return self._splits[split]
+
+    def prompt(self, problem: Problem) -> str:
+        """See Task."""
+        return self._owner[problem.id].prompt(problem)
+
+    def grade(self, problem: Problem, completion: Completion) -> Verdict:
+        """See Task."""
+        return self._owner[problem.id].grade(problem, completion)
+
+    def _gather(self, split: Split) -> list[Problem]:
+        parts = [(part, w) for part, w in zip(self._tasks, self._weights, strict=True) if _serves(part, split)]
+        if not parts:
+            raise ValueError(f"tasks: none of them has problems for the split '{split}'")
+        found: dict[str, Problem] = {}
+        for (part, _), n in zip(parts, shares([w for _, w in parts], self._sizes[split]), strict=True):
+            if n:
+                task = _build(part, {str(split): n})
+                for problem in task.problems(split):
+                    if problem.id not in found:
+                        found[problem.id] = problem
+                        self._owner.setdefault(problem.id, task)
+        return list(found.values())
+
+
+def shares(weights: Sequence[float], n: int) -> list[int]:
+    """Parts of n in whole numbers in proportion to weights: largest remainders first (Hamilton's method)."""
+    exact = [n * weight / sum(weights) for weight in weights]
+    found = [int(value) for value in exact]
+    for i in sorted(range(len(exact)), key=lambda i: found[i] - exact[i])[: n - sum(found)]:
+        found[i] += 1
+    return found
+
+
+def _serves(part: Mapping[str, Any], split: Split) -> bool:
+    from fitness.tasks.named import PRESETS
+
+    preset = PRESETS.get(str(part.get("kind")), {"path": ""})
+    return split is Split.HELD_OUT or "path" in preset or "path" in part or bool(part.get("search_on_test"))
+
+
+def _build(part: Mapping[str, Any], sizes: Mapping[str, int]) -> Task:
+    from fitness.tasks import TASKS
+
+    kind, options = part.get("kind"), {k: v for k, v in part.items() if k not in ("kind", "weight")}
+    if kind not in TASKS or kind == "mixture":
+        known = ", ".join(name for name in TASKS if name != "mixture")
+        raise ValueError(f"tasks: expected a kind of {known}, got {kind!r}")
+    target = pkgutil.resolve_name(TASKS[kind])
+    allowed = {n for n, p in inspect.signature(target).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    allowed -= {str(split) for split in Split}
+    if unknown := options.keys() - allowed:
+        expected = ", ".join(sorted(allowed))
+        raise ValueError(f"tasks: {kind!r} has no option {sorted(unknown)[0]!r}: expected some of {expected}")
+    task: Task = target(**options, **sizes)
+    return task

@@ -1,0 +1,84 @@
+"""Procedural families of reasoning-gym (extra `reasoning-gym`), by name and difficulty.
+
+Worked instance (chain_sum): question "State the final answer to the following arithmetic problem: 4 + 3 =", answer "7".
+Families grade their own answers; partial credit below 1 counts as wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
+
+from fitness.graders import answer_part, grade
+from fitness.splits import SHARES, take
+from fitness.types import Completion, Problem, Split, Verdict
+
+Size = Annotated[int, Ge(1), Le(100_000)]
+
+
+class ReasoningGym:
+    """Problems of one family.
+
+    Args:
+        family: a name of reasoning-gym, such as "chain_sum" or "countdown".
+        difficulty: parameters of the family, such as {min_terms: 2, max_terms: 4}.
+        template: the prompt, with {question} where the question goes.
+        search, reserve, held_out: number of problems of each split.
+        seed: of the problems and of their split.
+
+    Raises:
+        ValueError: if the package is missing, or the family or a parameter is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        family: str,
+        difficulty: Mapping[str, Any] | None = None,
+        template: str = "{question}\nGive the answer alone after the thinking, as <answer>...</answer>.",
+        search: Size = 200,
+        reserve: Size = 100,
+        held_out: Size = 400,
+        seed: Annotated[int, Ge(0)] = 0,
+    ) -> None:
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise ValueError(
+                f"task reasoning_gym needs reasoning-gym ({error}): pip install 'mergefront[reasoning-gym]'"
+            ) from error
+        self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
+        self._template, self._seed = template, seed
+        n = int(2 * max(self._sizes[split] / SHARES[split] for split in Split)) + 100  # families repeat themselves
+        try:
+            self._gym = reasoning_gym.create_dataset(family, seed=seed, size=n, **(difficulty or {}))
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(f"reasoning_gym: family {family!r} with {dict(difficulty or {})}: {error}") from error
+        self._entries: dict[str, Any] = {}
+        for entry in self._gym:
+            self._entries.setdefault(str(entry["question"]), entry)
+
+    def problems(self, split: Split) -> list[Problem]:
+        """See Task."""
+        found = (Problem(question, str(entry["answer"])) for question, entry in self._entries.items())
+        return take(found, split, self._sizes[split], self._seed)
+
+    def prompt(self, problem: Problem) -> str:
+        """See Task."""
+        return self._template.replace("{question}", problem.question)
+
+    def grade(self, problem: Problem, completion: Completion) -> Verdict:
+        """See Task."""
+
+        def same(_: str, text: str) -> bool | None:
+            answer = answer_part(text).rpartition("<answer>")[2].partition("</answer>")[0].strip()
+            if not answer:
+                return None
+            try:
+                return bool(self._gym.score_answer(answer[-10_000:], self._entries[problem.question]) >= 1.0)
+            except Exception:  # families parse answers in ways of their own
+                return False
+
+        return grade(same, problem.answer, completion)

@@ -1,0 +1,96 @@
+"""`mergefront eval`: any checkpoint folder on any task."""
+
+import json
+import sys
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+from evo.cli import app
+from evo.scoring import harness, score_checkpoint
+from fitness.tasks.arithmetic import Arithmetic
+from fitness.types import Split
+from tests.conftest import CHIMERA, make_checkpoint
+from tests.test_search import generate_with_transformers
+
+ENGINE = "dtype=float32,device=cpu,batch_size=16"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_figures_are_those_of_plain_transformers():
+    result = run(
+        CHIMERA / "concise", "--task", "arithmetic:held_out=30", "--engine", ENGINE, "--max-tokens", 110, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    (figures,) = json.loads(result.output)
+    questions = [p.question for p in Arithmetic(held_out=30).problems(Split.HELD_OUT)]
+    correct, n_tokens = generate_with_transformers(CHIMERA / "concise", questions)
+    assert figures["accuracy"] == pytest.approx(correct.mean())
+    assert figures["tokens_mean"] == pytest.approx(n_tokens.mean())
+    assert figures["accuracy_stderr"] == pytest.approx(correct.std(ddof=1) / 30**0.5)
+    assert figures["n_problems"] == 30 and figures["well_formed"] > 0.9 and figures["corrections_per_100"] == 0
+
+
+def test_the_verbose_parent_repeats_itself_more(tmp_path):
+    task = [{"kind": "arithmetic", "held_out": 20}]
+    engine = {"dtype": "float32", "device": "cpu", "max_tokens": 128}
+    shares = [score_checkpoint(CHIMERA / p, task, engine)[0]["repeated_ngrams"] for p in ("concise", "reasoner")]
+    assert shares[0] < 0.2 < shares[1]
+
+
+def test_samples_differ_and_a_table_is_printed(tmp_path):
+    path = make_checkpoint(tmp_path / "m", "llama", 0)
+    config = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps({**config, "do_sample": True}))
+    result = run(path, "--task", "arithmetic:held_out=5", "--engine", ENGINE, "--max-tokens", 20, "--samples", 3)
+    assert result.exit_code == 0, result.output
+    for text in ("n = 5 x 3 samples", "accuracy", "median", "p90", "well-formed", "repeated n-grams", "truncated"):
+        assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}"], "expected --task NAME"),
+        (["{model}", "--task", "gsm9k"], "did you mean 'gsm8k'?"),
+        (["{model}", "--task", "arithmetic:sead=1"], "sead: Extra inputs are not permitted"),
+        (["{model}", "--task", "arithmetic:seed"], "expected key=value"),
+        (["{model}", "--task", "arithmetic", "--split", "test"], "expected one of search, reserve, held_out"),
+        (["{model}", "--task", "arithmetic", "--engine", "dtype=float33"], "dtype"),
+        (["{model}", "--task", "arithmetic", "--samples", "2", "--greedy"], "would all be the same"),
+        (["nowhere", "--task", "arithmetic"], "no checkpoint in nowhere"),
+        (["{model}", "--task", "aime25:test_path=none.jsonl"], "no such file"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(arguments, message, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    result = run(*[argument.format(model=CHIMERA / "concise") for argument in arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr and "Traceback" not in result.output
+
+
+def test_the_harness_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = run(CHIMERA / "concise", "--harness", "gsm8k")
+    assert result.exit_code == 1 and "pip install 'mergefront[harness]'" in result.stderr
+
+
+def test_the_harness_is_asked_for_the_folder(monkeypatch, tmp_path):
+    asked = {}
+
+    def simple_evaluate(**arguments):
+        asked.update(arguments)
+        if arguments["tasks"] == ["none"]:
+            raise KeyError("none")
+        return {"results": {"gsm8k": {"exact_match": 0.5}}, "config": object()}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=simple_evaluate))
+    result = run(tmp_path, "--harness", "gsm8k", "--engine", "dtype=float32", "--limit", 3, "--json")
+    assert json.loads(result.output) == [{"task": "gsm8k", "harness": {"gsm8k": {"exact_match": 0.5}}}]
+    assert asked["model_args"] == {"pretrained": str(tmp_path), "dtype": "float32"} and asked["limit"] == 3
+    with pytest.raises(ValueError, match="knows no task 'none'"):
+        harness(tmp_path, "none", dtype="float32", device="cpu", limit=None)
