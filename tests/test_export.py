@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +17,15 @@ from safetensors.torch import load_file, save_file
 from evo.accounting import ACCOUNTING_FILE
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.export import ExportError, write_checkpoint
-from evo.merge_file import merge
+from evo.merge_file import RecipeError, merge
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
-from tests.packing import pack
+from tests.conftest import VOCABULARY, make_checkpoint
+from tests.encoding import to_fp8
+from tests.packing import pack, store_head
+from tests.test_adapter import TARGETS, make_adapter
+from tests.test_unscored import MTP, with_mtp
+from tests.test_vocabulary import grow
 
 
 def write_recipe(folder, parents, *rules, base="base"):
@@ -86,9 +92,6 @@ def test_packed_experts_with_rules_of_their_own(moe_parents, tmp_path):
 
 
 def test_a_tied_head_follows_its_embedding(tmp_path):
-    from tests.conftest import make_checkpoint
-    from tests.packing import store_head
-
     parents = {
         name: store_head(make_checkpoint(tmp_path / f"{name}0", "llama_tied", seed), tmp_path / name)
         for seed, name in enumerate(["base", "a"])
@@ -97,6 +100,103 @@ def test_a_tied_head_follows_its_embedding(tmp_path):
     accounts = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())["tensors"]
     assert accounts["lm_head.weight"] == accounts["model.embed_tokens.weight"]
     assert accounts["lm_head.weight"]["how"] == "merged"
+
+
+def accounts_of(folder):
+    return json.loads((folder / ACCOUNTING_FILE).read_text())["tensors"]
+
+
+def test_fp8_numbers_and_scales_are_accounted_for_one_by_one(tmp_path):
+    parents = {}
+    for seed, name in enumerate(["base", "a"]):
+        plain = make_checkpoint(tmp_path / f"{name}0", "deepseek_v3", seed)
+        parents[name] = to_fp8(plain, tmp_path / name)
+    rules = (Rule("linear", {"a": 0.5}, tensors=("*.o_proj.weight",)), Rule("linear", {"a": 1.0}, blocks=(1,)))
+    merge(write_recipe(tmp_path, parents, *rules), tmp_path / "out")
+    found, accounts = hashes(tmp_path / "out"), accounts_of(tmp_path / "out")
+    sources = {name: hashes(path) for name, path in parents.items()}
+    assert {name: account["sha256"] for name, account in accounts.items()} == found
+    assert found.keys() == sources["base"].keys()
+    n_scales = 0
+    for name, account in accounts.items():
+        n_scales += name.endswith("_scale_inv")
+        assert account["how"] == accounts[name.removesuffix("_scale_inv")]["how"]
+        if ".o_proj." in name:
+            assert account["how"] == "merged" and account["sources"] == ["base", "a"]
+            assert found[name] not in (sources["base"][name], sources["a"][name])
+        elif ".layers.1." in name:
+            assert account["how"] == "copied" and found[name] == sources["a"][name]
+        else:
+            assert account["how"] == "passed through" and found[name] == sources["base"][name]
+    assert n_scales > 10
+
+
+def test_what_text_does_not_use_is_the_interface_parents_or_follows_what_it_copies(tmp_path):
+    """Multi-token prediction that the interface parent alone has, in a file of its own."""
+    parents = {
+        name: make_checkpoint(tmp_path / f"{name}0", "deepseek_v3", seed) for seed, name in enumerate(["base", "a"])
+    }
+    parents["a"] = with_mtp(parents["a"], tmp_path / "a")
+    told = merge(write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}, roles=(Role.HEAD,))), tmp_path / "out")
+    found, accounts = hashes(tmp_path / "out"), accounts_of(tmp_path / "out")
+    sources = {name: hashes(path) for name, path in parents.items()}
+    assert found.keys() == accounts.keys() == sources["a"].keys() > sources["base"].keys()
+    assert accounts[MTP + "shared_head.head.weight"] == accounts["lm_head.weight"]
+    assert accounts["lm_head.weight"]["how"] == "merged"
+    assert accounts[MTP + "embed_tokens.weight"] == accounts["model.embed_tokens.weight"]
+    assert accounts["model.embed_tokens.weight"]["how"] == "passed through"
+    unscored = {name for name in sources["a"].keys() - sources["base"].keys() if "embed" not in name}
+    for name in unscored - {MTP + "shared_head.head.weight"}:
+        assert accounts[name]["how"] == "unscored" and accounts[name]["sources"] == ["a"]
+    assert {name: account["sha256"] for name, account in accounts.items()} == found
+    assert f"{len(unscored) - 1} unscored from a" in told.lines[0]
+
+
+def test_rows_that_only_some_have(tmp_path):
+    small, other = (make_checkpoint(tmp_path / f"{seed}", "llama", seed) for seed in (0, 1))
+    parents = {"base": small, "a": grow(other, tmp_path / "a", len(VOCABULARY) + 10)}
+    file = write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}, roles=(Role.ATTENTION,)))
+    with pytest.raises(CheckpointError, match="--common-vocabulary"):
+        merge(file, tmp_path / "out")
+    merge(file, tmp_path / "out", common_rows=True)
+    accounts = accounts_of(tmp_path / "out")
+    embedding = accounts["model.embed_tokens.weight"]
+    assert (embedding["how"], embedding["sources"], embedding["rules"]) == ("merged", ["base", "a"], [])
+    assert {name: account["sha256"] for name, account in accounts.items()} == hashes(tmp_path / "out")
+    assert accounts["model.norm.weight"]["how"] == "passed through"
+
+
+class TestWhereParentsAre:
+    def test_an_id_of_the_hub_is_its_snapshot_and_is_written_so(self, moe_parents, tmp_path, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        shutil.copytree(moe_parents["a"], tmp_path / "hub" / "models--org--a" / "snapshots" / commit)
+        sources = {"base": Source(str(moe_parents["base"])), "a": Source("org/a", revision=commit)}
+        recipe = Recipe(sources, "base", "a", (Rule("linear", {"a": 1.0}),))
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        merge(tmp_path / "recipe.yaml", tmp_path / "out")
+        assert hashes(tmp_path / "out") == hashes(moe_parents["a"])
+        assert Recipe.from_yaml((tmp_path / "out" / "recipe.yaml").read_text()) == recipe
+        assert f"org/a@{commit}" in (tmp_path / "out" / "README.md").read_text()
+        (tmp_path / "other.yaml").write_text(recipe.to_yaml().replace("org/a", "org/b"))
+        with pytest.raises(RecipeError, match=r"other\.yaml: a: no checkpoint folder at .*HF_HUB_OFFLINE"):
+            merge(tmp_path / "other.yaml", tmp_path / "two")
+
+    def test_an_adapter_rests_on_the_base(self, tmp_path):
+        base = make_checkpoint(tmp_path / "base", "llama", 0)
+        parents = {"base": base, "a": make_adapter(tmp_path / "a", base, 1)}
+        recipe = Recipe({n: Source(str(p)) for n, p in parents.items()}, "base", "base", (Rule("linear", {"a": 0.5}),))
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        told = merge(tmp_path / "recipe.yaml", tmp_path / "out")
+        found, before = hashes(tmp_path / "out"), hashes(base)
+        changed = {name for name in found if found[name] != before[name]}
+        assert changed == {name for name in found if name.removesuffix(".weight").endswith(TARGETS)}
+        assert any("no mergekit.yaml: mergekit rounds an adapter (a)" in line for line in told.lines)
+        write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}))  # whose interface is the adapter
+        with pytest.raises(CheckpointError, match="cannot be the interface"):
+            merge(tmp_path / "recipe.yaml", tmp_path / "two")
+        assert not (tmp_path / "two").exists()
 
 
 class TestBadInput:
