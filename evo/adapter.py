@@ -157,7 +157,7 @@ class Adapter(Checkpoint):
 
 def _settings(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = read_json(path / CONFIG_FILE)
-    kind = settings.get("peft_type")
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise CheckpointError(f"{path / CONFIG_FILE}: expected peft_type LORA, got {json.dumps(kind)}")
     for key, what in _REFUSED.items():

@@ -1,6 +1,8 @@
-"""The model card of an export: parents, recipe, and scores on both splits."""
+"""The model card of an export: parents, recipe, where each tensor is from, and scores on both splits."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from evo.config import Config
 from evo.front import Front, Row
@@ -10,13 +12,8 @@ from search_spaces.recipe import Recipe
 _MAX_RULES = 40
 
 
-def model_card(row: Row, recipe: Recipe, front: Front, config: Config) -> str:
+def model_card(row: Row, recipe: Recipe, front: Front, config: Config, told: Sequence[str]) -> str:
     """README.md of an exported checkpoint, in Markdown."""
-    parents = "\n".join(
-        f"| {name} | `{source.path}{'@' if source.revision else ''}{source.revision or ''}` "
-        f"| `{(source.digest or 'unknown')[:16]}` |"
-        for name, source in recipe.sources.items()
-    )
     return f"""---
 library_name: transformers
 tags: [merge, mergefront]
@@ -37,7 +34,31 @@ Pareto front of accuracy against output tokens; `recipe.yaml` rebuilds it exactl
 The front was chosen on the search split, which flatters its members; the held-out split was never selected on.
 Task: `{config.task.kind}`, at most {config.engine.max_tokens} tokens an answer.
 
-## Sources
+{recipe_sections(recipe, told)}"""
+
+
+def merge_card(recipe: Recipe, name: str, told: Sequence[str]) -> str:
+    """README.md of a checkpoint that was merged without a search."""
+    return f"""---
+library_name: transformers
+tags: [merge, mergefront]
+---
+
+# {name}: a merge of {" and ".join(recipe.sources)}
+
+Written by [mergefront](https://pypi.org/project/mergefront/); `recipe.yaml` rebuilds it exactly.
+It has not been scored.
+
+{recipe_sections(recipe, told)}"""
+
+
+def recipe_sections(recipe: Recipe, told: Sequence[str]) -> str:
+    """Where the weights come from."""
+    parents = "\n".join(
+        f"| {name} | `{source.place}` | `{(source.digest or 'unknown')[:16]}` |"
+        for name, source in recipe.sources.items()
+    )
+    return f"""## Sources
 
 | name | checkpoint | content (SHA-256) |
 |---|---|---|
@@ -50,6 +71,12 @@ Tokenizer, chat template, stop tokens and generation config: **{recipe.interface
 Parts that no rule names are copied from **{recipe.base}**.
 
 {_rules(recipe)}
+
+## Tensors
+
+{chr(10).join(f"- {line}" for line in told)}
+
+`accounting.json` lists every tensor with its origin and the SHA-256 of its bytes.
 """
 
 
@@ -72,11 +99,13 @@ def _rules(recipe: Recipe) -> str:
         return f"None: every tensor is a copy of {recipe.base}."
     if len(recipe.rules) > _MAX_RULES:
         return f"{len(recipe.rules)} rules: see `recipe.yaml`."
-    lines = ["| blocks | experts | roles | method | coefficients | knobs |", "|---|---|---|---|---|---|"]
+    lines = ["| blocks | experts | roles or tensors | method | coefficients | knobs |", "|---|---|---|---|---|---|"]
     for rule in recipe.rules:
         blocks = "all" if rule.blocks is None else ", ".join("outside" if b == -1 else str(b) for b in rule.blocks)
         experts = "all" if rule.experts is None else ", ".join(map(str, rule.experts))
         roles = "all" if rule.roles is None else ", ".join(rule.roles)
+        if rule.tensors is not None:
+            roles = ", ".join(f"`{name}`" for name in rule.tensors)
         coefficients = ", ".join(f"{name} {value:.3f}" for name, value in rule.coefficients.items())
         knobs = ", ".join(f"{name} {value:g}" for name, value in rule.knobs.items())
         lines.append(f"| {blocks} | {experts} | {roles} | {rule.method} | {coefficients} | {knobs} |")

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from evo.encodings import EncodingError, Entry, Stored, TensorHeader, find_entries
+from evo.encodings.flaws import find_flaw
 from evo.encodings.foreign import advice, refuse
-from evo.encodings.fp8_blocks import holds_nan
 from search_spaces.layout import Layout, is_by_token, parse_layout
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,6 +50,7 @@ class Checkpoint:
         self.headers = headers
         """Of all tensors in the files: a tensor of the model may be stored as several, see `entries`."""
         self._handles: dict[str, Any] = {}
+        self._finite: set[str] = set()  # pieces that have been looked through
         self.entries: dict[str, Entry] = self._find_entries()
         """Tensor of the model -> how it is stored, in the order of the index."""
 
@@ -107,11 +108,19 @@ class Checkpoint:
     def tensor(self, piece: str) -> torch.Tensor:
         """Read one tensor of the files to the CPU, as it is."""
         file = self.weight_map[piece]
-        if file not in self._handles:
-            self._handles[file] = safe_open(self.path / file, framework="pt")
-        tensor: torch.Tensor = self._handles[file].get_tensor(piece)
-        if tensor.dtype == torch.float8_e4m3fn and holds_nan(tensor):
-            raise CheckpointError(f"{self.path / file}: {piece} holds NaN")
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(self.path / file, framework="pt")
+            tensor: torch.Tensor = self._handles[file].get_tensor(piece)
+        except (SafetensorError, OSError, AttributeError, KeyError) as error:  # the latter: a dtype torch has not
+            raise CheckpointError(f"{self.path / file}: tensor {piece} cannot be read: {error}") from error
+        if piece not in self._finite:
+            if found := find_flaw(piece, tensor):
+                raise CheckpointError(
+                    f"{self.path / file}: tensor {piece} holds {found}; "
+                    "expected finite numbers only. Get this checkpoint anew, or leave it out."
+                )
+            self._finite.add(piece)
         return tensor
 
     def holders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:
@@ -138,7 +147,9 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        data: dict[str, Any] = read_json(self.path / "config.json")
+        data = read_json(self.path / "config.json")
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{self.path / 'config.json'}: expected an object, got {type(data).__name__}")
         return data
 
     @property
@@ -207,7 +218,10 @@ def _same_but_rows(a: Entry, b: Entry) -> bool:
     return a.shape[1:] == b.shape[1:] and a.encoding.output == b.encoding.output
 
 
-_COMMON_ROWS = "`vocabulary: common` would merge the rows that all have, and take the others from the interface parent."
+_COMMON_ROWS = (
+    "`vocabulary: common` (of `merge`: --common-vocabulary) would merge the rows that all have, and take the others "
+    "from the interface parent."
+)
 
 
 def _token_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint, common_rows: bool) -> list[str]:
@@ -240,10 +254,13 @@ def read_vocabulary(path: Path) -> dict[str, int] | None:
     if not (path / "tokenizer.json").is_file():
         return None
     data = read_json(path / "tokenizer.json")
-    vocabulary = data.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram models list [token, score]
-        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
+    try:
+        vocabulary = data.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # unigram models list [token, score]
+            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+        return {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise CheckpointError(f"{path / 'tokenizer.json'} is not the file of a fast tokenizer") from None
 
 
 def read_json(path: Path) -> Any:
@@ -253,11 +270,25 @@ def read_json(path: Path) -> Any:
         CheckpointError: if it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return _parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _parse_json(text: bytes) -> Any:
+    """JSON whose objects name each key once: a tensor listed twice has two truths."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"{twice!r} is listed twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -266,7 +297,8 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX_FILE}: expected a non-empty object 'weight_map'")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        plain = isinstance(file, str) and file.isprintable() and Path(file).name == file
+        if not plain or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path / INDEX_FILE}: tensor {name} is said to be in {file!r}; "
                 "expected the plain name of a .safetensors file in the same folder"
@@ -281,7 +313,9 @@ def _headers_of(path: Path, weight_map: dict[str, str]) -> dict[str, TensorHeade
         if name not in by_file[file]:
             raise CheckpointError(f"{path / file}: tensor {name} is missing, though {INDEX_FILE} says it is there")
     for file, headers in by_file.items():
-        if strays := [name for name in headers if weight_map.get(name) != file]:
+        if twice := [name for name in headers if weight_map.get(name, file) != file]:
+            raise CheckpointError(f"{path}: tensor {twice[0]} is both in {file} and in {weight_map[twice[0]]}")
+        if strays := [name for name in headers if name not in weight_map]:
             raise CheckpointError(
                 f"{path / file}: holds {len(strays)} tensor(s) that {INDEX_FILE} does not place there: "
                 + ", ".join(strays[:5])
@@ -290,7 +324,8 @@ def _headers_of(path: Path, weight_map: dict[str, str]) -> dict[str, TensorHeade
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Tensor headers of a safetensors file, after the library has checked the file as a whole.
+    """Tensor headers of a safetensors file, after the library has checked the file as a whole: that tensors lie
+    inside it, fill it and do not overlap.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -300,16 +335,16 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
             pass
         with open(file, "rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
-            data = json.loads(stream.read(min(size, _MAX_HEADER_BYTES)))
+            data = _parse_json(stream.read(min(size, _MAX_HEADER_BYTES)))
+        return {
+            name: TensorHeader(entry["dtype"], tuple(entry["shape"]))
+            for name, entry in data.items()
+            if name != "__metadata__"
+        }
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
-    return {
-        name: TensorHeader(entry["dtype"], tuple(entry["shape"]))
-        for name, entry in data.items()
-        if name != "__metadata__"
-    }
 
 
 def _nothing_to_read(path: Path) -> str:

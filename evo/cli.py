@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,12 +105,34 @@ def export(
     max-accuracy the most accurate, max-tokens=N the most accurate within N mean tokens.
     """
     with _readable_errors(debug):
+        from evo.export import export as write
         from evo.search import Search
 
-        search = Search.open(run_dir)
-        name = search.front().pick(pick).ask.name
-        search.export(pick, out, force=force)
-        Console().print(f"{name} is in [bold]{out}[/bold]: weights, config, tokenizer, recipe.yaml and a model card.")
+        name = Search.open(run_dir).front().pick(pick).ask.name
+        _print_written(name, out, write(run_dir, pick, out, force=force).lines)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.yaml of an export, or mergekit's YAML.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+    common_vocabulary: Annotated[
+        bool, typer.Option("--common-vocabulary", help="Merge the rows that all have: a config's vocabulary: common.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge what a recipe says, without a search.
+
+    Reads mergekit's YAML too: models or slices, weights as numbers, gradients over depth or filters, base_model,
+    tokenizer_source. What it cannot do is refused with the line, and the nearest thing that it can.
+    """
+    with _readable_errors(debug):
+        from evo.merge_file import merge as write
+
+        _print_written("the merge", out, write(recipe, out, force=force, common_rows=common_vocabulary).lines)
 
 
 @app.command()
@@ -200,6 +222,15 @@ def evaluate(
             for figures in found:
                 shown = json.dumps(figures["harness"], indent=2) if "harness" in figures else describe(figures)
                 typer.echo(shown)
+
+
+def _print_written(name: str, out: Path, lines: Sequence[str]) -> None:
+    console = Console(highlight=False)
+    console.print(
+        f"{name} is in [bold]{out}[/bold]: weights, config, tokenizer, recipe.yaml, accounting.json and a model card."
+    )
+    for line in lines:
+        console.print(line, style="dim", markup=False)
 
 
 def main() -> None:

@@ -24,9 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from evo.hub import HubError, download, is_id
+from evo.hub import HubError, locate
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
+from evo.places import at, line_numbers
 from fitness.engines import ENGINES
 from fitness.orderliness import Orderliness
 from fitness.tasks import TASKS
@@ -263,7 +264,7 @@ def load_config(path: str | Path) -> Config:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     try:
-        data, lines = yaml.safe_load(text), _line_numbers(text)
+        data, lines = yaml.safe_load(text), line_numbers(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -274,7 +275,7 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
     config, places = _resolve_paths(config, path.resolve().parent)
     places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config)]
-    problems = [_at(path, lines, place, message) for place, message in places]
+    problems = [at(path, lines, place, message) for place, message in places]
     problems += [_describe(path, lines, error, config) for error in _check_options(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -397,7 +398,7 @@ def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tup
     for name, path in config.sources.items():
         place: tuple[str, ...] = ("base",) if name == "base" else ("parents", name)
         try:
-            found = str(_checkpoint_folder(path, folder))
+            found = str(locate(path, folder))
         except HubError as error:
             missing.append((place, str(error)))
             continue
@@ -409,41 +410,6 @@ def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tup
         for key, table in _table_files(part) if isinstance(part, dict) else ():
             part[key] = str((folder / table).resolve())
     return Config.model_validate(data), missing
-
-
-def _checkpoint_folder(path: Path, folder: Path) -> Path:
-    """A folder of this name if there is one, else what the Hub has under it.
-
-    Raises:
-        HubError: if there is neither.
-    """
-    local = (folder / path).resolve()
-    if local.is_dir():
-        return local
-    if not is_id(path.as_posix()):
-        raise HubError(f"no checkpoint folder at {local}")
-    try:
-        return download(path.as_posix())
-    except HubError as error:
-        raise HubError(f"no checkpoint folder at {local}, and {error}") from error
-
-
-def _line_numbers(text: str) -> dict[tuple[str, ...], int]:
-    """Path of keys -> line, from 1."""
-    lines: dict[tuple[str, ...], int] = {}
-
-    def visit(node: yaml.Node, place: tuple[str, ...]) -> None:
-        lines.setdefault(place, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                inner = (*place, str(key.value))
-                lines[inner] = key.start_mark.line + 1
-                visit(value, inner)
-
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if root is not None:
-        visit(root, ())
-    return lines
 
 
 def _describe(
@@ -461,12 +427,7 @@ def _describe(
         message = f"the key {place[-1]!r} is missing"
     elif not isinstance(error.get("input"), dict | list | tuple):
         message += f", got {error.get('input')!r}"
-    return _at(path, lines, place, message)
-
-
-def _at(path: Path, lines: Mapping[tuple[str, ...], int], place: tuple[str, ...], message: str) -> str:
-    known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), ())
-    return f"{path}:{lines.get(known, 1)}: {'.'.join(place) or 'config'}: {message}"
+    return at(path, lines, place, message)
 
 
 def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from evo.accounting import ACCOUNTING_FILE, account, sha256, summary, to_json
 from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
 from evo.checkpoint import INDEX_FILE, INTERFACE_FILES, SINGLE_FILE, Checkpoint
 from evo.config import Config
 from evo.encodings import TensorHeader
+from evo.encodings.mxfp4 import Mxfp4
 from evo.encodings.rounding import Rounding
-from evo.front import Row, read_front
+from evo.front import read_front
 from evo.ledger import Ledger
 from evo.materializer import Materializer
+from evo.mergekit.writer import MERGEKIT_FILE, CannotSayError, write_mergekit
 from evo.safetensors_writer import SafetensorsWriter
 from search_spaces.recipe import Recipe
 
@@ -35,7 +41,27 @@ class ExportError(ValueError):
     """An export cannot be written where it was asked for."""
 
 
-def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Path:
+@dataclass(frozen=True)
+class Told:
+    """What is said of a written checkpoint: in files beside it, in its card, and on the terminal."""
+
+    files: dict[str, str]
+    """Name -> text."""
+    lines: tuple[str, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, sources: dict[str, Checkpoint]) -> Told:
+        """The recipe, in our words and if possible in mergekit's, and where its tensors come from."""
+        files, lines = {"recipe.yaml": recipe.to_yaml()}, [summary(account(recipe, sources))]
+        try:
+            files[MERGEKIT_FILE], notes = write_mergekit(recipe, sources)
+            lines += [f"{MERGEKIT_FILE}: {note}" for note in notes]
+        except CannotSayError as error:
+            lines.append(f"no {MERGEKIT_FILE}: {error}")
+        return cls(files, tuple(lines))
+
+
+def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
     """Export a member of a run's front.
 
     Args:
@@ -45,10 +71,10 @@ def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Path:
         force: replace `out` if it is not empty.
 
     Returns:
-        `out`.
+        what is to be said of it.
 
     Raises:
-        ExportError: if `out` is not empty, or is or holds one of the parents or the run itself.
+        ExportError: if `out` is not empty, is or holds one of the parents or the run itself, or has no room.
         PickError: if there is no such member.
         CheckpointError: if a parent cannot be read, or has changed since the run.
     """
@@ -60,18 +86,11 @@ def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Path:
         row = front.pick(pick)
         sources = open_sources(config)
         _check_unchanged(config, ledger.meta("digests"))
-        recipe = recipe_of(row, config, sources, ledger.meta("digests"))
-    card = model_card(row, recipe, front, config)
-    write_checkpoint(recipe, sources, out, {"recipe.yaml": recipe.to_yaml(), "README.md": card}, force=force)
-    return out
-
-
-def recipe_of(row: Row, config: Config, sources: dict[str, Checkpoint], digests: dict[str, str]) -> Recipe:
-    """The recipe of a front's row."""
-    if row.ask.recipe is not None:
-        return row.ask.recipe
-    assert row.ask.genome is not None, "an ask has a recipe or a genome"
-    return build_space(config, sources, digests).decode(row.ask.genome)
+        recipe = row.ask.recipe_in(lambda: build_space(config, sources, ledger.meta("digests")))
+    told = Told.of(recipe, sources)
+    files = {**told.files, "README.md": model_card(row, recipe, front, config, told.lines)}
+    write_checkpoint(recipe, sources, out, files, force=force)
+    return told
 
 
 def check_target(out: Path, inputs: list[Path], force: bool) -> None:
@@ -93,11 +112,18 @@ def check_target(out: Path, inputs: list[Path], force: bool) -> None:
 def write_checkpoint(
     recipe: Recipe, sources: dict[str, Checkpoint], out: Path, extra_files: dict[str, str], *, force: bool = False
 ) -> None:
-    """Write a recipe's checkpoint, whole or not at all."""
+    """Write a recipe's checkpoint, whole or not at all.
+
+    Raises:
+        CheckpointError: if a parent cannot be read, or holds NaN or Inf.
+        ExportError: if the disk is full.
+    """
+    _check_room(sources[recipe.interface], out)
     with _beside(out, force) as folder:
         interface, rounding = sources[recipe.interface], Rounding()
-        _write_weights(Materializer(sources).stream(recipe, rounding), interface, folder)
+        hashes = _write_weights(Materializer(sources).stream(recipe, rounding), interface, folder)
         _copy_interface(interface, folder)
+        (folder / ACCOUNTING_FILE).write_text(to_json(account(recipe, sources), hashes))
         for name, text in extra_files.items():
             (folder / name).write_text(text)
         if rounding.errors:
@@ -105,26 +131,48 @@ def write_checkpoint(
                 card.write(f"\n## Rounding\n\n{rounding.summary()}\n")
 
 
-def _write_weights(tensors: Iterator[tuple[str, Tensor]], interface: Checkpoint, folder: Path) -> None:
-    """Tensor by tensor, each to its place: `tensors` comes in the order of the index, which may jump between files."""
+def _write_weights(tensors: Iterator[tuple[str, Tensor]], interface: Checkpoint, folder: Path) -> dict[str, str]:
+    """Tensor by tensor, each to its place: `tensors` comes in the order of the index, which may jump between files.
+
+    Returns:
+        tensor -> SHA-256 of its bytes, computed beside the merging.
+    """
     weight_map, headers = interface.written_map(), _written_headers(interface)
     writers: dict[str, SafetensorsWriter] = {}
+    hashes: dict[str, Future[str]] = {}
+    hashing: list[Future[str]] = []
     n_bytes = 0
     try:
-        for name, tensor in tensors:
-            if (file := weight_map[name]) not in writers:
-                inside = {n: header for n, header in headers.items() if weight_map[n] == file}
-                writers[file] = SafetensorsWriter(folder / file, inside)
-            writers[file].write(name, tensor)
-            n_bytes += tensor.numel() * tensor.element_size()
-    except OSError as error:
-        raise ExportError(f"cannot write to {folder.parent}: {error.strerror}") from error
+        with ThreadPoolExecutor(1) as pool:  # hashing lets go of the interpreter
+            for name, tensor in tensors:
+                if (file := weight_map[name]) not in writers:
+                    inside = {n: header for n, header in headers.items() if weight_map[n] == file}
+                    writers[file] = SafetensorsWriter(folder / file, inside)
+                wait(hashing)  # so that two tensors at most are in memory
+                hashes[name] = pool.submit(sha256, tensor)
+                hashing = [hashes[name]]
+                writers[file].write(name, tensor)
+                n_bytes += tensor.numel() * tensor.element_size()
     finally:
         complete = [writer.close() for writer in writers.values()]
     assert all(complete) and len(writers) == len({*weight_map.values()}), "every tensor of every file has been streamed"
     if set(weight_map.values()) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
+    return {name: future.result() for name, future in hashes.items()}
+
+
+def _check_room(interface: Checkpoint, out: Path) -> None:
+    """A merge takes hours for a large model: better to know now. What MXFP4 becomes is larger than its file."""
+    there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    needed = sum((interface.path / file).stat().st_size for file in set(interface.weight_map.values()))
+    needed += sum(
+        math.prod(entry.shape) * 2 - sum(math.prod(interface.headers[piece].shape) for piece in entry.pieces)
+        for entry in interface.entries.values()
+        if isinstance(entry.encoding, Mxfp4)
+    )
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise ExportError(f"{out}: expected {needed / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB")
 
 
 def _written_headers(interface: Checkpoint) -> dict[str, TensorHeader]:
@@ -169,11 +217,22 @@ def _beside(out: Path, force: bool) -> Iterator[Path]:
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
         if out.is_dir() and force:
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / "was")
-            folder.rename(out)
-            shutil.rmtree(old)
+            _replace(out, folder)
         else:
             folder.rename(out)  # onto nothing, or onto an empty folder
+    except OSError as error:  # a full disk, most likely
+        raise ExportError(f"{out} cannot be written, and nothing of it is left: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(out: Path, folder: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    out.rename(old / "was")
+    try:
+        folder.rename(out)
+    except OSError:
+        (old / "was").rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

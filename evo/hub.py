@@ -47,6 +47,23 @@ def download(text: str) -> Path:
     return Path(folder)
 
 
+def locate(path: Path, folder: Path) -> Path:
+    """A checkpoint's folder: relative to `folder` if there is one, else what the Hub has under this id.
+
+    Raises:
+        HubError: if there is neither.
+    """
+    local = (folder / path).resolve()
+    if local.is_dir():
+        return local
+    if not is_id(path.as_posix()):
+        raise HubError(f"no checkpoint folder at {local}")
+    try:
+        return download(path.as_posix())
+    except HubError as error:
+        raise HubError(f"no checkpoint folder at {local}, and {error}") from error
+
+
 def origin(folder: Path) -> tuple[str, str | None]:
     """Where a checkpoint came from: the Hub's id and commit, or its folder and None."""
     if match := _SNAPSHOT.search(folder.as_posix()):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from evo.types import Candidate, Evaluation, Origin, Status
 from fitness.types import Score, Split
-from search_spaces.genes import Genome
+from search_spaces.genes import Genome, SearchSpace
 from search_spaces.recipe import Recipe
 
 FORMAT = 1
@@ -88,6 +88,13 @@ class Ask:
     parents: tuple[int, ...]
     recipe: Recipe | None
     genome: Genome | None
+
+    def recipe_in(self, space: Callable[[], SearchSpace]) -> Recipe:
+        """What was proposed. Only a genome needs its space, which may have to read the checkpoints' headers."""
+        if self.recipe is not None:
+            return self.recipe
+        assert self.genome is not None, "an ask has a recipe or a genome"
+        return space().decode(self.genome)
 
 
 @dataclass(frozen=True)

@@ -161,10 +161,7 @@ class Loop:
     def _evaluate(self, ask: Ask, split: Split) -> Evaluation:
         if self._worker is None:  # loading a model takes long, and a finished run needs none
             self._worker = build_worker(self._config, self._task, self._history.batch_size)
-        recipe = ask.recipe
-        if recipe is None and ask.genome is not None:
-            recipe = self._space.decode(ask.genome)
-        assert recipe is not None, "an ask has a recipe or a genome"
+        recipe = ask.recipe_in(lambda: self._space)
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         evaluation = self._worker.evaluate(candidate, split)
         self._history.keep_batch_size(self._worker.batch_size)

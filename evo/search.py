@@ -106,7 +106,8 @@ class Search:
         """Write a member of the front to disk as a checkpoint; see evo.export.export."""
         from evo.export import export
 
-        return export(self.folder, pick, Path(out), force=force)
+        export(self.folder, pick, Path(out), force=force)
+        return Path(out)
 
     @contextmanager
     def _sitting(self, watch: Watcher | None, budget: Budget | None) -> Iterator[Loop]:

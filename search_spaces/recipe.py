@@ -6,9 +6,11 @@ in a file, not classes. Knows nothing of tensors or of how a method works; it na
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,11 @@ class Source:
     revision: str | None = None
     """Commit of a checkpoint from the Hub."""
 
+    @property
+    def place(self) -> str:
+        """Folder or id, with the commit: "org/name@revision"."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -50,6 +57,8 @@ class Rule:
     """Block indices; -1 stands for the parts outside all blocks."""
     experts: tuple[int, ...] | None = None
     """Routed-expert indices; a rule that names experts selects nothing else."""
+    tensors: tuple[str, ...] | None = None
+    """Names of tensors, with * for any characters, e.g. "*.q_proj.weight", where roles are too coarse."""
     knobs: Mapping[str, float] = field(default_factory=dict)
     """Further arguments of the method, as "density", or as "density:DONOR" for one donor."""
 
@@ -92,13 +101,8 @@ class Recipe:
             raise ValueError(f"recipe names {missing}, but its sources are {sorted(self.sources)}")
 
     def assign(self, layout: Layout) -> dict[Part, Rule | None]:
-        """Give every part of a layout its rule, or None for a copy of the base. Linear in parts + rules."""
-        cells = frozenset(part.cell for part in layout.parts)
-        rule_of: dict[Cell, Rule] = {}
-        for rule in self.rules:
-            for cell in rule.cells(cells):
-                rule_of.setdefault(cell, rule)
-        return {part: rule_of.get(part.cell) for part in layout.parts}
+        """Give every part of a layout its rule, or None for a copy of the base."""
+        return assign(self.rules, layout)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in a recipe file."""
@@ -128,7 +132,9 @@ class Recipe:
                 rules=tuple(_rule_from_dict(rule) for rule in data.get("rules", ())),
                 seed=data.get("seed", 0),
             )
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"not a recipe: the key {error} is missing") from None
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"not a recipe: {error}") from error
 
     def to_yaml(self) -> str:
@@ -148,9 +154,31 @@ class Recipe:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+def assign(rules: Sequence[Rule], layout: Layout) -> dict[Part, Rule | None]:
+    """Give every part the first rule that selects it. Linear in parts + rules, but for rules that name tensors."""
+    cells = frozenset(part.cell for part in layout.parts)
+    rule_of: dict[Cell, Rule] = {}
+    by_name: dict[Part, Rule] = {}
+    for rule in rules:
+        selected = rule.cells(cells)
+        if rule.tensors is None:
+            for cell in selected:
+                rule_of.setdefault(cell, rule)
+            continue
+        chosen, named = set(selected), _matcher(rule.tensors)
+        for part in layout.parts:
+            if part.cell in chosen and part.cell not in rule_of and part not in by_name and named(part.tensor):
+                by_name[part] = rule
+    return {part: by_name.get(part, rule_of.get(part.cell)) for part in layout.parts}
+
+
 def copy_of(name: str, sources: Mapping[str, Source], interface: str) -> Recipe:
     """The recipe whose every tensor is a bitwise copy of one source."""
     return Recipe(sources=sources, base=name, interface=interface)
+
+
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], object]:
+    return re.compile("|".join(map(fnmatch.translate, patterns))).match
 
 
 def _block(index: int) -> int | None:
@@ -169,13 +197,15 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
         data["blocks"] = list(rule.blocks)
     if rule.experts is not None:
         data["experts"] = list(rule.experts)
+    if rule.tensors is not None:
+        data["tensors"] = list(rule.tensors)
     if rule.knobs:
         data["knobs"] = dict(rule.knobs)
     return data
 
 
 def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
-    known = {"method", "coefficients", "roles", "blocks", "experts", "knobs"}
+    known = {"method", "coefficients", "roles", "blocks", "experts", "tensors", "knobs"}
     if unknown := sorted(set(data) - known):
         raise ValueError(f"unknown key(s) {unknown} in a rule; expected {sorted(known)}")
     return Rule(
@@ -184,6 +214,7 @@ def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
         roles=_tuple_of(Role, data.get("roles")),
         blocks=_tuple_of(int, data.get("blocks")),
         experts=_tuple_of(int, data.get("experts")),
+        tensors=_tuple_of(str, data.get("tensors")),
         knobs=dict(data.get("knobs", {})),
     )
 

@@ -240,3 +240,15 @@ class TestRefused:
         with pytest.raises(CheckpointError, match="cannot be the interface"):
             open_sources(Config.model_validate(values))
         assert isinstance(open_sources(Config.model_validate({**values, "interface": "base"}))["lora"], Adapter)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_factors_that_are_no_numbers(self, base, tmp_path, value, side):
+        adapter = make_adapter(tmp_path / "lora", base, 1)
+        tensors, key = files_of(adapter), f"base_model.model.model.layers.1.self_attn.q_proj.lora_{side}.weight"
+        tensors[key][-1, -1] = value
+        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        opened = open_checkpoints({"base": base, "lora": adapter})["lora"]
+        with pytest.raises(CheckpointError, match=rf"adapter_model\.safetensors: tensor {key} holds (NaN|Inf)"):
+            opened.stored("model.layers.1.self_attn.q_proj.weight")
+        assert opened.stored("model.layers.0.self_attn.q_proj.weight")

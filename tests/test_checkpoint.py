@@ -1,5 +1,5 @@
-import contextlib
 import json
+import math
 import shutil
 import struct
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from evo.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, check_compatible
 from tests.conftest import make_checkpoint
@@ -78,6 +78,13 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="damaged"):
             Checkpoint.open(copy)
 
+    def test_a_shard_that_is_truncated_after_it_was_opened(self, copy):
+        checkpoint, shard = Checkpoint.open(copy), first_shard(copy)
+        name = next(name for name, file in checkpoint.weight_map.items() if file == shard.name)
+        shard.write_bytes(shard.read_bytes()[:-10])
+        with pytest.raises(CheckpointError, match=f"tensor {name} cannot be read"):
+            checkpoint.tensor(name)
+
     def test_header_longer_than_the_file(self, copy):
         first_shard(copy).write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
         with pytest.raises(CheckpointError, match="damaged"):
@@ -105,13 +112,113 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=gone.replace(".", r"\.")):
             Checkpoint.open(copy)
 
-    @settings(max_examples=60, deadline=None)
-    @given(data=st.binary(max_size=200))
-    def test_any_bytes_are_an_error_and_no_crash(self, tmp_path_factory, data):
-        folder = tmp_path_factory.mktemp("fuzz")
+    def test_a_tensor_in_two_shards(self, copy):
+        first, second = sorted(copy.glob("*.safetensors"))[:2]
+        name = next(iter(load_file(first)))
+        save_file({**load_file(second), name: load_file(first)[name]}, second)
+        with pytest.raises(CheckpointError, match=f"{name} is both in {second.name} and in {first.name}"):
+            Checkpoint.open(copy)
+
+    def test_a_tensor_twice_in_a_header(self, tmp_path):
+        entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+        (tmp_path / "model.safetensors").write_bytes(with_header(f"{{{entry}, {entry}}}", b"1234"))
+        with pytest.raises(CheckpointError, match="'a' is listed twice"):
+            Checkpoint.open(tmp_path)
+
+    def test_a_tensor_twice_in_an_index(self, copy):
+        text = (copy / INDEX_FILE).read_text()
+        line = next(line for line in text.splitlines() if ".safetensors" in line)
+        (copy / INDEX_FILE).write_text(text.replace(line, f"{line.rstrip(',')},\n{line}", 1))
+        with pytest.raises(CheckpointError, match="is listed twice"):
+            Checkpoint.open(copy)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_numbers_that_are_none(self, copy, value):
+        shard = first_shard(copy)
+        tensors = load_file(shard)
+        name = next(iter(tensors))
+        tensors[name].view(-1)[3] = value
+        save_file(tensors, shard)
+        checkpoint = Checkpoint.open(copy)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=f"{shard.name}: tensor {name} holds (NaN|Inf)"):
+                checkpoint.tensor(name)
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"a": 1, "a": 2}', "\x00", '{"model": [1]}'])
+    @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", INDEX_FILE])
+    def test_broken_json(self, copy, moe_parents, file, text):
+        (copy / file).write_text(text)
+        with pytest.raises(CheckpointError, match=r"JSON|expected|fast tokenizer|differ"):
+            check_compatible({"a": Checkpoint.open(moe_parents["a"]), "copy": Checkpoint.open(copy)})
+
+
+def with_header(header, data=b""):
+    return struct.pack("<Q", len(header.encode())) + header.encode() + data
+
+
+class TestFuzz:
+    """Whatever the bytes: a CheckpointError, or tensors that are bytes of the file."""
+
+    FILE = save({"a": torch.arange(6.0).view(2, 3), "bb": torch.ones(3, dtype=torch.bfloat16), "c": torch.zeros(0, 4)})
+
+    def read(self, folder, data):
         (folder / "model.safetensors").write_bytes(data)
-        with contextlib.suppress(CheckpointError):
-            assert Checkpoint.open(folder).headers == {}  # the few byte strings that are a valid empty file
+        try:
+            checkpoint = Checkpoint.open(folder)
+        except CheckpointError:
+            return
+        (size,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + size])
+        for name in checkpoint.headers:
+            try:
+                tensor = checkpoint.tensor(name)
+            except CheckpointError:
+                continue
+            start, end = header[name]["data_offsets"]
+            assert bytes(tensor.reshape(-1).view(torch.uint8).numpy()) == data[8 + size + start : 8 + size + end]
+
+    @settings(max_examples=100)
+    @given(data=st.binary(max_size=200))
+    def test_any_bytes(self, tmp_path_factory, data):
+        self.read(tmp_path_factory.getbasetemp(), data)
+
+    @settings(max_examples=300)
+    @given(data=st.data())
+    def test_mutations_of_a_real_file(self, tmp_path_factory, data):
+        mutated = bytearray(self.FILE)
+        for _ in range(data.draw(st.integers(1, 4))):
+            at = data.draw(st.integers(0, len(mutated) - 1))
+            if data.draw(st.booleans()):
+                mutated[at] = data.draw(st.integers(0, 255))
+            else:
+                mutated[at : at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+        self.read(tmp_path_factory.getbasetemp(), bytes(mutated))
+
+    @settings(max_examples=300)
+    @given(data=st.data())
+    def test_headers_that_lie(self, tmp_path_factory, data):
+        number = st.sampled_from([-1, 0, 1, 2, 4, 8, 1 << 31, 1 << 62, (1 << 64) - 1, 1 << 64, 1.5, None, "4"])
+        entry = st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "F8_E8M0", "F4", "I64", "BOOL", "C64", "X", 3]),
+                "shape": st.one_of(st.lists(number, max_size=3), number),
+                "data_offsets": st.one_of(st.lists(number, max_size=3), st.tuples(st.just(0), number)),
+            }
+        )
+        header = data.draw(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entry | number, max_size=2))
+        contents = data.draw(st.binary(max_size=16))
+        self.read(tmp_path_factory.getbasetemp(), with_header(json.dumps(header), contents))
+
+    @settings(max_examples=100)
+    @given(data=st.binary(max_size=100) | st.recursive(
+        st.none() | st.text(max_size=9), lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=9), inner)
+    ).map(lambda weight_map: json.dumps({"weight_map": weight_map}).encode()))  # fmt: skip
+    def test_any_index(self, tmp_path_factory, data):
+        folder = tmp_path_factory.getbasetemp() / "index"
+        folder.mkdir(exist_ok=True)
+        (folder / INDEX_FILE).write_bytes(data)
+        with pytest.raises(CheckpointError):
+            Checkpoint.open(folder)
 
 
 class TestCompatible:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.conftest import CHIMERA
 from tests.test_search import write_config
 
 
@@ -67,8 +68,36 @@ def test_export(session, tmp_path):
     out = tmp_path / "model"
     result = mergefront("export", folder, "--pick", "max-accuracy", "--out", out)
     assert result.returncode == 0 and (out / "config.json").is_file()
+    assert "tensors: " in result.stdout
     again = mergefront("export", folder, "--pick", "max-accuracy", "--out", out)
     assert again.returncode == 1 and "--force" in again.stderr
+
+
+MERGEKIT = """\
+merge_method: slerp
+base_model: concise
+models: [{model: concise}, {model: reasoner}]
+parameters:
+  t: [{filter: self_attn, value: [0, 1]}, {value: 0.5}]
+  int8_mask: true
+dtype: bfloat16
+"""
+
+
+def test_merge_reads_mergekits_yaml(tmp_path):
+    for name in ("concise", "reasoner"):
+        (tmp_path / name).symlink_to(CHIMERA / name)
+    (tmp_path / "theirs.yaml").write_text(MERGEKIT)
+    result = mergefront("merge", tmp_path / "theirs.yaml", "--out", tmp_path / "model")
+    assert result.returncode == 0, result.stderr
+    for words in ("the merge is in", "parameters.int8_mask: ignored", "merged (slerp)", "no mergekit.yaml: "):
+        assert words in result.stdout.replace("\n", " ")
+    again = mergefront("merge", tmp_path / "model" / "recipe.yaml", "--out", tmp_path / "model")
+    assert again.returncode == 1 and "--force" in again.stderr
+    (tmp_path / "theirs.yaml").write_text(MERGEKIT.replace("slerp", "slurp"))
+    wrong = mergefront("merge", tmp_path / "theirs.yaml", "--out", tmp_path / "other")
+    assert wrong.returncode == 1 and f"{tmp_path}/theirs.yaml:1: merge_method: 'slurp' is not here" in wrong.stderr
+    assert "Traceback" not in wrong.stderr and not (tmp_path / "other").exists()
 
 
 def test_stop_ends_a_running_search_and_run_goes_on(tmp_path):
@@ -110,6 +139,7 @@ def test_interrupts_end_cleanly(tmp_path, sent):
         (["front", "{missing}"], "no run in"),
         (["status", "{missing}"], "no run in"),
         (["stop", "{missing}"], "no run in"),
+        (["merge", "{missing}", "--out", "{run}"], "cannot read"),
         (["export", "{missing}", "--pick", "knee", "--out", "{run}"], "no run in"),
     ],
 )
@@ -129,7 +159,9 @@ def test_a_bad_config_is_told_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["front"], ["export"], ["status"], ["stop"], ["sync"], ["eval"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["front"], ["export"], ["merge"], ["eval"], ["status"], ["stop"], ["sync"]]
+)
 def test_help_is_worth_reading(command):
     result = mergefront(*command, "--help")
     assert result.returncode == 0 and len(result.stdout) > 300

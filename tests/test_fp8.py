@@ -197,16 +197,30 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"one for each block of 8 x 8.*weight_block_size"):
             Checkpoint.open(folder)
 
-    def test_not_a_number(self, fp8_parents, tmp_path):
+    @pytest.mark.parametrize("code", [0x7F, 0xFF])
+    def test_not_a_number(self, fp8_parents, tmp_path, code):
         def change(tensors):
             for name, tensor in tensors.items():
                 if tensor.dtype == torch.float8_e4m3fn:
-                    tensor.view(torch.uint8)[0, 0] = 0xFF
+                    tensor.view(torch.uint8)[0, 0] = code
                     return name
             return None
 
         folder = self.broken(fp8_parents, tmp_path, change)
-        with pytest.raises(CheckpointError, match="NaN"):
+        with pytest.raises(CheckpointError, match=r"safetensors: tensor .*proj\S* holds NaN"):
+            exported({**fp8_parents, "a": folder}, copy_of("a", sources_of(fp8_parents), "a"), tmp_path / "out")
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_scale_that_is_no_number(self, fp8_parents, tmp_path, value):
+        def change(tensors):
+            for name, tensor in tensors.items():
+                if name.endswith("_scale_inv"):
+                    tensor[-1, -1] = value
+                    return name
+            return None
+
+        folder = self.broken(fp8_parents, tmp_path, change)
+        with pytest.raises(CheckpointError, match=r"tensor \S*_scale_inv holds (NaN|Inf)"):
             exported({**fp8_parents, "a": folder}, copy_of("a", sources_of(fp8_parents), "a"), tmp_path / "out")
 
     def test_parents_stored_in_different_ways(self, fp8_parents):

@@ -1,6 +1,7 @@
 """gpt-oss's MXFP4 against the tables of the OCP specification and transformers' own decoding."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -124,3 +125,16 @@ def test_scales_that_do_not_fit_are_refused(parents, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"down_proj: expected _blocks of shape"):
         Checkpoint.open(folder)
+
+
+def test_a_scale_that_stands_for_nan(parents, tmp_path):
+    """Code 255 of E8M0 (OCP Microscaling Formats v1.0, section 5.4.1)."""
+    sick = shutil.copytree(parents["a"], tmp_path / "sick")
+    tensors = files_of(sick)
+    name = next(name for name in tensors if name.endswith("_scales"))
+    tensors[name][-1, -1, -1] = 255
+    save_file(tensors, sick / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(sick)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor {name} holds NaN"):
+        checkpoint.stored(name.removesuffix("_scales"))
+    assert checkpoint.stored(name.removesuffix("_scales").replace(".0.", ".1."))

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evo import Search
-from evo.assemble import open_sources
+from evo.assemble import build_space, open_sources
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.config import Budget
-from evo.export import ExportError, recipe_of
+from evo.export import ExportError
 from evo.front import PickError
 from evo.ledger import Ledger
 from evo.loop import ResumeError, SearchError
@@ -186,10 +186,18 @@ class TestExport:
             assert (out / name).read_bytes() == (parents / name).read_bytes()
         sources = open_sources(finished.config)
         with closing(Ledger.open(finished.folder, read_only=True)) as ledger:
-            recipe = recipe_of(row, finished.config, sources, ledger.meta("digests"))
+            recipe = row.ask.recipe_in(lambda: build_space(finished.config, sources, ledger.meta("digests")))
         assert Recipe.from_yaml((out / "recipe.yaml").read_text()) == recipe
+        assert (out / "accounting.json").is_file() and not (out / "mergekit.yaml").exists()
         card = (out / "README.md").read_text()
-        for part in ("reasoner", "concise", "held_out", f"{row.search.summary['accuracy']:.3f}"):
+        for part in (
+            "reasoner",
+            "concise",
+            "held_out",
+            "no mergekit.yaml: ",
+            "tensors: ",
+            f"{row.search.summary['accuracy']:.3f}",
+        ):
             assert part in card
 
     def test_a_non_empty_folder_is_refused_and_left_alone(self, finished, tmp_path):
@@ -214,7 +222,7 @@ class TestExport:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(export_module, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ExportError, match=r"nothing of it is left.*No space left"):
             finished.export("knee", tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 

@@ -217,3 +217,35 @@ def test_steps_round_within_the_bounds():
     gene = Gene("n", 0.9, 5.2, step=1.0)
     assert [gene.value(x) for x in (0.0, 0.5, 1.0)] == [1.0, 3.0, 5.0]
     assert Gene("d", 0.1, 0.3, step=1 / 4).value(0.0) == 0.1  # no multiple below: the bound itself
+
+
+class TestTensorsSelector:
+    LAYOUT = parse_layout(
+        {
+            f"model.layers.{i}.{name}.weight": (4, 4)
+            for i in range(2)
+            for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+        }
+    )
+
+    def methods(self, *rules):
+        recipe = Recipe({n: Source(n) for n in "ab"}, "b", "a", rules)
+        return {part.tensor: rule and rule.method for part, rule in recipe.assign(self.LAYOUT).items()}
+
+    def test_names_and_other_selectors_must_both_hold(self):
+        chosen = self.methods(Rule("linear", {"a": 0.5}, blocks=(1,), tensors=("*.q_proj.weight", "*.up_proj.*")))
+        assert {name for name, method in chosen.items() if method} == {
+            "model.layers.1.self_attn.q_proj.weight",
+            "model.layers.1.mlp.up_proj.weight",
+        }
+
+    def test_the_first_rule_wins_whether_it_names_tensors_or_not(self):
+        named = Rule("slerp", {"a": 0.5}, tensors=("*.q_proj.weight",))
+        by_role, everything = Rule("linear", {"a": 0.5}, roles=(Role.ATTENTION,)), Rule("ties", {"a": 0.5})
+        q = "model.layers.0.self_attn.q_proj.weight"
+        assert self.methods(named, by_role)[q] == "slerp" and self.methods(by_role, named)[q] == "linear"
+        assert self.methods(everything, named)[q] == "ties" and self.methods(named, everything)[q] == "slerp"
+
+    def test_a_recipe_file_holds_it(self):
+        recipe = Recipe({n: Source(n) for n in "ab"}, "b", "a", (Rule("linear", {"a": 0.5}, tensors=("*.q*",)),))
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe

@@ -22,14 +22,16 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the codes 0 to 7; codes 8 to 15 are their negatives."""
 GROUP = 32
 """Numbers that share a scale."""
-_SUFFIXES = ("_blocks", "_scales")
+BLOCKS, SCALES = "_blocks", "_scales"
+"""What the names of the two pieces end in."""
+NAN_SCALE = 255
 
 
 @dataclass(frozen=True)
 class Mxfp4:
     """See evo.encodings.Encoding."""
 
-    suffixes = _SUFFIXES
+    suffixes = (BLOCKS, SCALES)
     is_float = True
 
     def __str__(self) -> str:
@@ -72,7 +74,7 @@ def values_of(blocks: Tensor, scales: Tensor) -> Tensor:
     table = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.bfloat16, device=blocks.device)
     codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
     numbers = table.index_select(0, codes.flatten().int()).view(codes.shape)
-    powers = torch.where(scales == 255, torch.nan, torch.exp2(scales.double() - 127)).to(torch.bfloat16)
+    powers = torch.where(scales == NAN_SCALE, torch.nan, torch.exp2(scales.double() - 127)).to(torch.bfloat16)
     return (numbers * powers[..., None]).flatten(-2).transpose(-1, -2).contiguous()
 
 
@@ -83,13 +85,13 @@ def find(headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any]) -
         EncodingError: if blocks and scales do not fit each other.
     """
     for piece, blocks in headers.items():
-        name = piece.removesuffix(_SUFFIXES[0])
+        name = piece.removesuffix(BLOCKS)
         if name == piece or blocks.dtype != "U8":
             continue
-        scales = headers.get(name + _SUFFIXES[1])
+        scales = headers.get(name + SCALES)
         if scales is None or blocks.shape[-1] != GROUP // 2 or scales != TensorHeader("U8", blocks.shape[:-1]):
             raise EncodingError(
-                f"{name}: expected {_SUFFIXES[0]} of shape (experts, out, groups, {GROUP // 2}) and {_SUFFIXES[1]} of "
+                f"{name}: expected {BLOCKS} of shape (experts, out, groups, {GROUP // 2}) and {SCALES} of "
                 f"shape (experts, out, groups), both uint8, got {blocks} and {scales}"
             )
         yield Entry(name, _shape(blocks.shape), Mxfp4())

@@ -5,6 +5,7 @@ How far that was is kept in an offset file, but only to save work: a replay from
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from evo.config import Config
 from evo.front import Row
 from evo.ledger import Ledger
 from evo.tracking.generations import Record
+from search_spaces.genes import SearchSpace
 from search_spaces.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -146,16 +148,11 @@ class Replay:
 
 def _recipes(config: Config, digests: dict[str, str]) -> Callable[[Row], Recipe]:
     """Reads the headers of the checkpoints, once, and only when a genome has to be decoded."""
-    spaces: list[Any] = []
 
-    def recipe_of(row: Row) -> Recipe:
-        if row.ask.recipe is not None:
-            return row.ask.recipe
-        if not spaces:
-            from evo.assemble import build_space, open_sources
+    @functools.cache
+    def space() -> SearchSpace:
+        from evo.assemble import build_space, open_sources
 
-            spaces.append(build_space(config, open_sources(config), digests))
-        recipe: Recipe = spaces[0].decode(row.ask.genome)
-        return recipe
+        return build_space(config, open_sources(config), digests)
 
-    return recipe_of
+    return lambda row: row.ask.recipe_in(space)

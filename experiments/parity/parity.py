@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from cases import DETERMINISTIC, RANDOM, Case
+from files import EXPORTS, FILES
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
+from evo.merge_file import merge
+from evo.mergekit.writer import write_mergekit
 from search_spaces.recipe import Recipe, Rule, Source
 
 HERE = Path(__file__).parent
@@ -69,6 +74,12 @@ def compare(folder: Path, python: Path) -> dict[str, Any]:
         for case in [*DETERMINISTIC, *RANDOM] if mode == "float32" else DETERMINISTIC:
             out = jobs[mode, case.name] = folder / f"{mode}-{len(jobs)}"
             configs.append([case.config(parents["float32" if mode == "float32" else "bfloat16"], *dtypes), str(out)])
+    texts = file_texts(parents["float32"])
+    for name, text in texts.items():
+        jobs["file", name] = folder / f"file-{len(jobs)}"
+        config = {"dtype": "float32", **yaml.safe_load(text)}
+        config.pop("tokenizer_source", None)  # these parents have no tokenizer
+        configs.append([config, str(jobs["file", name])])
     (folder / "jobs.json").write_text(json.dumps(configs))
     subprocess.run([python, HERE / "mergekit_runner.py", folder / "jobs.json"], check=True)
     theirs = {key: tensors_of(out) for key, out in jobs.items()}
@@ -77,8 +88,35 @@ def compare(folder: Path, python: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "n_parameters": sum(t.numel() for t in tensors_of(Path(parents["float32"]["base"])).values()),
         "deterministic": [_deterministic(case, theirs, parents) for case in DETERMINISTIC],
+        "files": [_file(name, text, theirs["file", name], parents["float32"], folder) for name, text in texts.items()],
         "random": [_random(case, theirs["float32", case.name], parents["float32"]) for case in RANDOM],
     }
+
+
+def file_texts(parents: dict[str, str]) -> dict[str, str]:
+    """YAML of mergekit's by what it shows: written by hand, and exported from recipes of ours."""
+    hand = {name: re.sub(r"\b(model|base_model): (\w+)", lambda m: f"{m[1]}: {parents[m[2]]}", text)
+            for name, text in FILES.items()}  # fmt: skip
+    return hand | {f"export: {name}": write_mergekit(*_recipe(rules, parents))[0] for name, rules in EXPORTS.items()}
+
+
+def _recipe(rules: tuple[Rule, ...], parents: dict[str, str]) -> tuple[Recipe, dict[str, Checkpoint]]:
+    names = ("base", "a", "b")
+    recipe = Recipe({name: Source(parents[name]) for name in names}, "base", "base", rules)
+    return recipe, {name: Checkpoint.open(parents[name]) for name in names}
+
+
+def _file(name: str, text: str, theirs: Tensors, parents: dict[str, str], folder: Path) -> dict[str, Any]:
+    (folder / "file.yaml").write_text(text)
+    merge(folder / "file.yaml", folder / "ours", force=True)
+    read = tensors_of(folder / "ours")
+    assert read.keys() == theirs.keys(), read.keys() ^ theirs.keys()
+    found = {"file": name, "max_abs": max(float((read[n] - t).abs().max()) for n, t in theirs.items())}
+    if name.startswith("export: "):  # the way back must give the bits that were exported
+        recipe, checkpoints = _recipe(EXPORTS[name.removeprefix("export: ")], parents)
+        exported = dict(Materializer(checkpoints).stream(recipe))
+        found["max_abs_back"] = max(float((read[n] - t).abs().max()) for n, t in exported.items())
+    return found
 
 
 def make_parents(folder: Path, dtype: str) -> dict[str, str]:
@@ -207,6 +245,10 @@ def table(results: dict[str, Any]) -> str:
             f"| {pure['max_ulp']} | {pure['n_differing'] / pure['n']:.0%} |"
         )
         lines.append(line)
+    lines += ["", "| file | float32: max abs difference | there and back |", "|---|---|---|"]
+    for row in results["files"]:
+        back = f"{row['max_abs_back']:.1e}" if "max_abs_back" in row else ""
+        lines.append(f"| {row['file']} | {row['max_abs']:.1e} | {back} |")
     lines += [
         "",
         "| method | | keep rate | factor of what is kept, 5% to 95% | expectation / task vector: all, smaller half |",

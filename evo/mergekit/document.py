@@ -1,0 +1,218 @@
+"""What mergekit's YAML says, before it is known what the checkpoints hold: models, slices, parameters."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evo.mergekit.methods import DIALECTS, Base, Dialect
+from evo.mergekit.settings import MergekitError, Place, check
+
+_KEYS = {
+    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template", "modules", "name",
+}  # fmt: skip
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Settings, and where in the file they stand."""
+
+    settings: Mapping[str, Any]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Input:
+    """A model in a slice."""
+
+    name: str
+    """What our recipe calls it."""
+    own: Parameters
+    place: Place
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive layers of the result, merged from the same layers of its inputs."""
+
+    inputs: tuple[Input, ...]
+    layers: tuple[int, int] | None
+    """From, to; None for all."""
+    shared: Parameters
+
+
+class Document:
+    """A file of mergekit's, checked for everything that needs no checkpoint.
+
+    Raises:
+        MergekitError: with the place of what cannot be said here.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.notes: list[str] = [f"{key}: ignored{_did_you_mean(key, _KEYS)}" for key in data if key not in _KEYS]
+        self.paths: dict[str, str] = {}
+        """Name -> model as the file has it."""
+        self.method: str = _known_method(data["merge_method"])
+        self.dialect: Dialect = DIALECTS[self.method]
+        base = data.get("base_model")
+        self.base_model = None if base is None else self._name(base, ("base_model",))
+        self.base = None if self.dialect.base is Base.IGNORED else self.base_model
+        self.shared = self._parameters(data, ())
+        self.slices = tuple(self._slices(data))
+        self.origin = self.base or self.slices[0].inputs[0].name
+        self.interface = self._interface(data)
+        self.dtype = self._dtype(data)
+        self._check_slices()
+        self._check_parameters()
+
+    def _name(self, model: Any, place: Place) -> str:
+        if isinstance(model, dict) and isinstance(model.get("model"), dict | str) and set(model) == {"model"}:
+            model = model["model"]
+        if isinstance(model, dict) and set(model) <= {"path", "revision"} and "path" in model:
+            model = "@".join(str(part) for part in (model["path"], model.get("revision")) if part)
+        if not isinstance(model, str):
+            raise MergekitError(place, f"expected a folder or the name of a model, got {model!r}")
+        if "+" in model:
+            raise MergekitError(
+                place, f"{model}: an adapter behind a + is not read here; merge it into its model first (peft's "
+                "merge_and_unload), and name the folder",
+            )  # fmt: skip
+        for name, path in self.paths.items():
+            if path == model:
+                return name
+        stem = re.sub(r"\W", "_", model.rstrip("/").rpartition("/")[2].partition("@")[0]).strip("_") or "model"
+        names = (stem if i == 1 else f"{stem}_{i}" for i in range(1, len(self.paths) + 2))
+        name = next(name for name in names if name not in self.paths)
+        self.paths[name] = model
+        return name
+
+    def _parameters(self, data: Mapping[str, Any], place: Place) -> Parameters:
+        place = (*place, "parameters")
+        settings = data.get("parameters") or {}
+        if not isinstance(settings, dict):
+            raise MergekitError(place, f"expected names and values, got {settings!r}")
+        return Parameters(settings, place)
+
+    def _slices(self, data: Mapping[str, Any]) -> Iterator[Slice]:
+        given = [key for key in ("models", "slices", "modules") if data.get(key)]
+        if given == ["modules"]:
+            raise MergekitError(("modules",), "merges by module are not here; the nearest is models: or slices:")
+        if len(given) != 1:
+            raise MergekitError((), f"expected one of models and slices, got {' and '.join(given) or 'neither'}")
+        entries = data[given[0]]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise MergekitError((given[0],), "expected a list")
+        if given == ["models"]:
+            inputs = [self._input(entry, ("models", str(i))) for i, entry in enumerate(entries)]
+            if self.base_model is not None and self.base_model not in [i.name for i in inputs]:
+                inputs.append(Input(self.base_model, Parameters({}, ("base_model",)), ("base_model",)))
+            yield Slice(tuple(inputs), None, Parameters({}, ()))
+            return
+        for k, entry in enumerate(entries):
+            yield self._slice(entry, ("slices", str(k)))
+
+    def _slice(self, entry: Mapping[str, Any], place: Place) -> Slice:
+        sources = entry.get("sources")
+        if not isinstance(sources, list) or not sources or not all(isinstance(s, dict) for s in sources):
+            raise MergekitError(place, "expected sources, a list of models with a layer_range")
+        if "base_model" in entry and self._name(entry["base_model"], (*place, "base_model")) != self.base_model:
+            raise MergekitError((*place, "base_model"), "a base of a slice's own is not here; the nearest is one "
+                                "file for each base_model")  # fmt: skip
+        ranges = [source.get("layer_range") for source in sources]
+        for i, layers in enumerate(ranges):
+            if not isinstance(layers, list) or len(layers) != 2 or not all(isinstance(end, int) for end in layers):
+                where = (*place, "sources", str(i), "layer_range")
+                raise MergekitError(where, f"expected [FROM, TO], got {layers!r}")
+            if layers != ranges[0]:
+                where = (*place, "sources", str(i), "layer_range")
+                raise MergekitError(where, f"layers {layers} would be merged with layers {ranges[0]} of another model;"
+                                    " here a layer is merged with the same layer of the others only")  # fmt: skip
+        inputs = [self._input(source, (*place, "sources", str(i))) for i, source in enumerate(sources)]
+        return Slice(tuple(inputs), tuple(ranges[0]), self._parameters(entry, place))
+
+    def _input(self, entry: Mapping[str, Any], place: Place) -> Input:
+        if "model" not in entry:
+            raise MergekitError(place, "the key 'model' is missing")
+        return Input(self._name(entry["model"], (*place, "model")), self._parameters(entry, place), place)
+
+    def _check_slices(self) -> None:
+        end = 0
+        for k, s in enumerate(self.slices):
+            place: Place = ("models",) if s.layers is None else ("slices", str(k))
+            names = [i.name for i in s.inputs]
+            if twice := [i for i in s.inputs if names.count(i.name) > 1]:
+                raise MergekitError(twice[-1].place, f"{self.paths[twice[-1].name]} is named twice")
+            if self.dialect.base is Base.REQUIRED and self.base is None:
+                raise MergekitError(("merge_method",), f"{self.method} needs a base_model")
+            if self.base is not None and self.base not in names:
+                raise MergekitError(place, "expected the base_model among the sources of the slice")
+            n_donors = len(names) - (self.base is not None)
+            for n, (low, high), what in (
+                (len(names), self.dialect.n_inputs, "models"),
+                (n_donors, self.dialect.n_donors, "models besides the base_model"),
+            ):
+                if not low <= n <= high:
+                    wanted = low if low == high else f"at least {low}" if n < low else f"at most {high}"
+                    raise MergekitError(place, f"{self.method}: expected {wanted} {what}, got {n}")
+            if s.layers is not None and s.layers[0] != end:
+                raise MergekitError(
+                    (*place, "sources", "0", "layer_range"),
+                    f"layers {list(s.layers)} would come to stand at {end}: stacking and reordering of layers is not "
+                    "here. The nearest is a merge in which every layer keeps its place; mergekit stacks.",
+                )
+            end = s.layers[1] if s.layers else end
+
+    def _check_parameters(self) -> None:
+        known = {*self.dialect.shared, *self.dialect.own}
+        places = [(self.shared, known), *((s.shared, known) for s in self.slices)]
+        places += [(i.own, set(self.dialect.own)) for s in self.slices for i in s.inputs]
+        for parameters, here in places:
+            for name, setting in parameters.settings.items():
+                where = (*parameters.place, name)
+                if name in here:
+                    check(setting, where)
+                elif name in known:
+                    self.notes.append(f"{'.'.join(where)}: ignored, as mergekit does: it belongs to all models")
+                else:
+                    what = "about memory only" if name == "int8_mask" else f"no parameter of {self.method}"
+                    self.notes.append(f"{'.'.join(where)}: ignored: {what}{_did_you_mean(name, known)}")
+
+    def _interface(self, data: Mapping[str, Any]) -> str:
+        default = self.base_model or self.slices[0].inputs[0].name
+        source, place = data.get("tokenizer_source"), ("tokenizer_source",)
+        if (tokenizer := data.get("tokenizer")) is not None:
+            place = ("tokenizer",)
+            if not isinstance(tokenizer, dict) or not set(tokenizer) <= {"source"}:
+                raise MergekitError(place, "only a source is read here: vocabularies must be equal already")
+            source = tokenizer.get("source")
+        if data.get("chat_template"):
+            raise MergekitError(("chat_template",), "not here; edit chat_template.jinja in the result instead")
+        if source == "union":
+            raise MergekitError(place, "union is not here: vocabularies must be equal, and then it is the same as base")
+        return default if source in (None, "base") else self._name(source, place)
+
+    def _dtype(self, data: Mapping[str, Any]) -> tuple[str, Place] | None:
+        """What is asked for of the files, as safetensors writes it. Merging is in float32 whatever is asked."""
+        for key in ("out_dtype", "dtype"):
+            if (name := data.get(key)) is not None:
+                if str(name).removeprefix("torch.") not in _DTYPES:
+                    raise MergekitError((key,), f"expected one of {', '.join(_DTYPES)}, got {name!r}")
+                return _DTYPES[str(name).removeprefix("torch.")], (key,)
+        return None
+
+
+def _known_method(name: Any) -> str:
+    if name in DIALECTS:
+        return str(name)
+    hint = "; the nearest is ram" if name == "ramplus_tl" else _did_you_mean(str(name), DIALECTS)
+    raise MergekitError(("merge_method",), f"{name!r} is not here: expected one of {', '.join(DIALECTS)}{hint}")
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

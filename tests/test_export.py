@@ -1,0 +1,292 @@
+"""What is written: exact accounting, and errors that leave nothing behind."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evo.accounting import ACCOUNTING_FILE
+from evo.checkpoint import Checkpoint, CheckpointError
+from evo.export import ExportError, write_checkpoint
+from evo.merge_file import RecipeError, merge
+from search_spaces.layout import Role
+from search_spaces.recipe import Recipe, Rule, Source
+from tests.conftest import VOCABULARY, make_checkpoint
+from tests.encoding import to_fp8
+from tests.packing import pack, store_head
+from tests.test_adapter import TARGETS, make_adapter
+from tests.test_unscored import MTP, with_mtp
+from tests.test_vocabulary import grow
+
+
+def write_recipe(folder, parents, *rules, base="base"):
+    recipe = Recipe({name: Source(str(path)) for name, path in parents.items()}, base, "a", rules)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return folder / "recipe.yaml"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Tensor -> SHA-256 of its bytes, by safetensors and hashlib alone."""
+    return {
+        name: hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+RULES = (
+    Rule("linear", {"a": 0.5}, roles=(Role.ATTENTION,), blocks=(1,)),
+    Rule("linear", {"a": 1.0, "b": 0.0}, roles=(Role.ROUTED_EXPERT, Role.FFN)),
+    Rule("ties", {"a": 0.6, "b": 0.5}, tensors=("*.input_layernorm.weight",)),
+)
+
+
+def test_every_tensor_is_accounted_for_and_nothing_else_changes(parents, tmp_path):
+    told = merge(write_recipe(tmp_path, parents, *RULES), tmp_path / "out")
+    found, sources = hashes(tmp_path / "out"), {name: hashes(path) for name, path in parents.items()}
+    accounting = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())
+    assert accounting["tensors"].keys() == found.keys() == sources["base"].keys()
+    counts = dict.fromkeys(["merged", "copied", "passed through"], 0)
+    for name, account in accounting["tensors"].items():
+        assert account["sha256"] == found[name]
+        counts[account["how"]] += 1
+        if "self_attn" in name and ".1." in name:
+            assert account["how"] == "merged" and account["sources"] == ["base", "a"] and account["rules"] == [0]
+            assert account["methods"] == ["linear"] and found[name] != sources["base"][name]
+        elif "input_layernorm" in name:
+            assert account["how"] == "merged" and account["rules"] == [2]
+        elif ".experts." in name or (".mlp." in name and "gate." not in name and "shared" not in name):
+            assert account["how"] == "copied" and account["sources"] == ["a"] and account["rules"] == [1]
+            assert found[name] == sources["a"][name]
+        else:
+            assert account["how"] == "passed through" and account["sources"] == ["base"] and account["rules"] == []
+            assert found[name] == sources["base"][name]
+    assert all(counts.values())
+    for line in (accounting["summary"], told.lines[0]):
+        assert line.startswith(f"{len(found)} tensors: ") and f"{counts['copied']} copied from a" in line
+        assert f"{counts['passed through']} passed through from base" in line
+    assert accounting["summary"] in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_packed_experts_with_rules_of_their_own(moe_parents, tmp_path):
+    parents = {name: pack(path, tmp_path / name) for name, path in moe_parents.items()}
+    rules = [Rule("linear", {"a": 1.0}, blocks=(1,), experts=(0, 1)), Rule("linear", {"a": 0.5}, experts=(2,))]
+    merge(write_recipe(tmp_path, parents, *rules), tmp_path / "out")
+    accounts = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())["tensors"]
+    account = accounts["model.layers.1.mlp.experts.down_proj"]
+    assert account["how"] == "merged" and account["sources"] == ["a", "base"] and account["rules"] == [0, 1]
+    merge(write_recipe(tmp_path, parents, rules[0]), tmp_path / "out", force=True)
+    accounts = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())["tensors"]
+    account = accounts["model.layers.1.mlp.experts.down_proj"]
+    assert account["how"] == "merged" and account["sources"] == ["a", "base"]  # of two sources, bit for bit
+    assert accounts["model.layers.2.mlp.experts.down_proj"]["how"] == "passed through"
+
+
+def test_a_tied_head_follows_its_embedding(tmp_path):
+    parents = {
+        name: store_head(make_checkpoint(tmp_path / f"{name}0", "llama_tied", seed), tmp_path / name)
+        for seed, name in enumerate(["base", "a"])
+    }
+    merge(write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}, roles=(Role.EMBEDDING,))), tmp_path / "out")
+    accounts = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())["tensors"]
+    assert accounts["lm_head.weight"] == accounts["model.embed_tokens.weight"]
+    assert accounts["lm_head.weight"]["how"] == "merged"
+
+
+def accounts_of(folder):
+    return json.loads((folder / ACCOUNTING_FILE).read_text())["tensors"]
+
+
+def test_fp8_numbers_and_scales_are_accounted_for_one_by_one(tmp_path):
+    parents = {}
+    for seed, name in enumerate(["base", "a"]):
+        plain = make_checkpoint(tmp_path / f"{name}0", "deepseek_v3", seed)
+        parents[name] = to_fp8(plain, tmp_path / name)
+    rules = (Rule("linear", {"a": 0.5}, tensors=("*.o_proj.weight",)), Rule("linear", {"a": 1.0}, blocks=(1,)))
+    merge(write_recipe(tmp_path, parents, *rules), tmp_path / "out")
+    found, accounts = hashes(tmp_path / "out"), accounts_of(tmp_path / "out")
+    sources = {name: hashes(path) for name, path in parents.items()}
+    assert {name: account["sha256"] for name, account in accounts.items()} == found
+    assert found.keys() == sources["base"].keys()
+    n_scales = 0
+    for name, account in accounts.items():
+        n_scales += name.endswith("_scale_inv")
+        assert account["how"] == accounts[name.removesuffix("_scale_inv")]["how"]
+        if ".o_proj." in name:
+            assert account["how"] == "merged" and account["sources"] == ["base", "a"]
+            assert found[name] not in (sources["base"][name], sources["a"][name])
+        elif ".layers.1." in name:
+            assert account["how"] == "copied" and found[name] == sources["a"][name]
+        else:
+            assert account["how"] == "passed through" and found[name] == sources["base"][name]
+    assert n_scales > 10
+
+
+def test_what_text_does_not_use_is_the_interface_parents_or_follows_what_it_copies(tmp_path):
+    """Multi-token prediction that the interface parent alone has, in a file of its own."""
+    parents = {
+        name: make_checkpoint(tmp_path / f"{name}0", "deepseek_v3", seed) for seed, name in enumerate(["base", "a"])
+    }
+    parents["a"] = with_mtp(parents["a"], tmp_path / "a")
+    told = merge(write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}, roles=(Role.HEAD,))), tmp_path / "out")
+    found, accounts = hashes(tmp_path / "out"), accounts_of(tmp_path / "out")
+    sources = {name: hashes(path) for name, path in parents.items()}
+    assert found.keys() == accounts.keys() == sources["a"].keys() > sources["base"].keys()
+    assert accounts[MTP + "shared_head.head.weight"] == accounts["lm_head.weight"]
+    assert accounts["lm_head.weight"]["how"] == "merged"
+    assert accounts[MTP + "embed_tokens.weight"] == accounts["model.embed_tokens.weight"]
+    assert accounts["model.embed_tokens.weight"]["how"] == "passed through"
+    unscored = {name for name in sources["a"].keys() - sources["base"].keys() if "embed" not in name}
+    for name in unscored - {MTP + "shared_head.head.weight"}:
+        assert accounts[name]["how"] == "unscored" and accounts[name]["sources"] == ["a"]
+    assert {name: account["sha256"] for name, account in accounts.items()} == found
+    assert f"{len(unscored) - 1} unscored from a" in told.lines[0]
+
+
+def test_rows_that_only_some_have(tmp_path):
+    small, other = (make_checkpoint(tmp_path / f"{seed}", "llama", seed) for seed in (0, 1))
+    parents = {"base": small, "a": grow(other, tmp_path / "a", len(VOCABULARY) + 10)}
+    file = write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}, roles=(Role.ATTENTION,)))
+    with pytest.raises(CheckpointError, match="--common-vocabulary"):
+        merge(file, tmp_path / "out")
+    merge(file, tmp_path / "out", common_rows=True)
+    accounts = accounts_of(tmp_path / "out")
+    embedding = accounts["model.embed_tokens.weight"]
+    assert (embedding["how"], embedding["sources"], embedding["rules"]) == ("merged", ["base", "a"], [])
+    assert {name: account["sha256"] for name, account in accounts.items()} == hashes(tmp_path / "out")
+    assert accounts["model.norm.weight"]["how"] == "passed through"
+
+
+class TestWhereParentsAre:
+    def test_an_id_of_the_hub_is_its_snapshot_and_is_written_so(self, moe_parents, tmp_path, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        shutil.copytree(moe_parents["a"], tmp_path / "hub" / "models--org--a" / "snapshots" / commit)
+        sources = {"base": Source(str(moe_parents["base"])), "a": Source("org/a", revision=commit)}
+        recipe = Recipe(sources, "base", "a", (Rule("linear", {"a": 1.0}),))
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        merge(tmp_path / "recipe.yaml", tmp_path / "out")
+        assert hashes(tmp_path / "out") == hashes(moe_parents["a"])
+        assert Recipe.from_yaml((tmp_path / "out" / "recipe.yaml").read_text()) == recipe
+        assert f"org/a@{commit}" in (tmp_path / "out" / "README.md").read_text()
+        (tmp_path / "other.yaml").write_text(recipe.to_yaml().replace("org/a", "org/b"))
+        with pytest.raises(RecipeError, match=r"other\.yaml: a: no checkpoint folder at .*HF_HUB_OFFLINE"):
+            merge(tmp_path / "other.yaml", tmp_path / "two")
+
+    def test_an_adapter_rests_on_the_base(self, tmp_path):
+        base = make_checkpoint(tmp_path / "base", "llama", 0)
+        parents = {"base": base, "a": make_adapter(tmp_path / "a", base, 1)}
+        recipe = Recipe({n: Source(str(p)) for n, p in parents.items()}, "base", "base", (Rule("linear", {"a": 0.5}),))
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        told = merge(tmp_path / "recipe.yaml", tmp_path / "out")
+        found, before = hashes(tmp_path / "out"), hashes(base)
+        changed = {name for name in found if found[name] != before[name]}
+        assert changed == {name for name in found if name.removesuffix(".weight").endswith(TARGETS)}
+        assert any("no mergekit.yaml: mergekit rounds an adapter (a)" in line for line in told.lines)
+        write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}))  # whose interface is the adapter
+        with pytest.raises(CheckpointError, match="cannot be the interface"):
+            merge(tmp_path / "recipe.yaml", tmp_path / "two")
+        assert not (tmp_path / "two").exists()
+
+
+class TestBadInput:
+    def left(self, folder):
+        """What a failed merge leaves in its folder, the recipe aside."""
+        return sorted(path.name for path in folder.iterdir() if path.name != "recipe.yaml")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_no_numbers_in_a_parent(self, moe_parents, tmp_path, value):
+        sick = shutil.copytree(moe_parents["a"], tmp_path / "sick")
+        shard = sorted(sick.glob("*.safetensors"))[-1]
+        tensors = load_file(shard)
+        name = next(iter(tensors))
+        tensors[name].view(-1)[-1] = value
+        save_file(tensors, shard)
+        folder = tmp_path / "work"
+        folder.mkdir()
+        with pytest.raises(CheckpointError, match=f"sick.*tensor {name} holds"):
+            merge(write_recipe(folder, {**moe_parents, "a": sick}, Rule("linear", {"a": 0.5})), folder / "out")
+        assert self.left(folder) == []
+
+    def test_a_target_that_is_a_parent(self, moe_parents, tmp_path):
+        file = write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5}))
+        before = hashes(moe_parents["a"])
+        for target in (moe_parents["a"], moe_parents["a"].parent):
+            with pytest.raises(ExportError, match="is or contains"):
+                merge(file, target, force=True)
+        assert hashes(moe_parents["a"]) == before
+
+    def test_a_target_that_links_to_a_parent(self, moe_parents, tmp_path):
+        (tmp_path / "link").symlink_to(moe_parents["a"])
+        with pytest.raises(ExportError, match="is or contains"):
+            merge(write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5})), tmp_path / "link", force=True)
+
+    def test_no_room_is_known_before_any_work(self, moe_parents, tmp_path, monkeypatch):
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(ExportError, match=r"GB of free disk space"):
+            merge(write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5})), tmp_path / "out")
+        assert self.left(tmp_path) == []
+
+    @pytest.mark.parametrize("limit", [100, 2_000, 20_000])
+    def test_a_disk_that_fills_up(self, moe_parents, tmp_path, limit):
+        """The operating system refuses to let a file grow: in the weights, or in the files beside them."""
+        file = write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5}))
+
+        def small_files():
+            import signal
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails with EFBIG, as with ENOSPC
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        command = [sys.executable, "-c", "from evo.cli import main; main()", "merge", file, "--out", tmp_path / "out"]
+        done = subprocess.run(
+            command, preexec_fn=small_files, capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "cannot be written, and nothing of it is left" in done.stderr and "File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert self.left(tmp_path) == []
+
+    def test_what_was_there_survives_a_failed_replacement(self, moe_parents, tmp_path, monkeypatch):
+        file, out = write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5})), tmp_path / "out"
+        merge(file, out)
+        before, rename = hashes(out), Path.rename
+
+        def fail(self, target):
+            if Path(target) == out and self.name != "was":
+                raise OSError(5, "Input/output error")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises(ExportError, match="Input/output error"):
+            merge(file, out, force=True)
+        assert hashes(out) == before and self.left(tmp_path) == ["out"]
+
+    def test_nothing_is_ever_unpickled(self, moe_parents, tmp_path):
+        """The weights of a parent are a pickle that would make a file if it were loaded."""
+        sick = shutil.copytree(moe_parents["a"], tmp_path / "sick", ignore=shutil.ignore_patterns("*.safetensors*"))
+        trap = tmp_path / "sprung"
+        (sick / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR.")
+        with pytest.raises(CheckpointError, match=r"a pickle, which is never loaded here\. Convert it first"):
+            merge(write_recipe(tmp_path, {**moe_parents, "a": sick}, Rule("linear", {"a": 0.5})), tmp_path / "out")
+        assert not trap.exists() and not (tmp_path / "out").exists()
+
+
+def test_hashes_are_of_the_bytes_in_the_files(moe_parents, tmp_path):
+    sources = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
+    recipe = Recipe({n: Source(str(p)) for n, p in moe_parents.items()}, "a", "a")
+    write_checkpoint(recipe, sources, tmp_path / "out", {})
+    accounts = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())["tensors"]
+    assert {name: account["sha256"] for name, account in accounts.items()} == hashes(moe_parents["a"])

@@ -1,0 +1,397 @@
+"""mergekit's YAML: hand-computed values on tiny checkpoints; mergekit itself is run in experiments/parity."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from evo.checkpoint import Checkpoint
+from evo.materializer import Materializer
+from evo.merge_file import RecipeError, merge
+from evo.mergekit.settings import evaluate
+from evo.mergekit.writer import CannotSayError, write_mergekit
+from search_spaces.block import block
+from search_spaces.expert import expert
+from search_spaces.grouped import Ingredients
+from search_spaces.recipe import Recipe, Rule, Source
+from tests.conftest import make_checkpoint
+
+N_LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Float32 checkpoints called base, a and b, in a folder that recipes are written to."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(["base", "a", "b"]):
+        make_checkpoint(folder / name, "llama", seed, dtype=torch.float32, shard="1GB")
+    return folder
+
+
+def tensors(folder):
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.tensor(name) for name in checkpoint.headers}
+
+
+@pytest.fixture
+def merged(models, tmp_path):
+    def run(text):
+        (models / "recipe.yaml").write_text(text)
+        merge(models / "recipe.yaml", tmp_path / "out", force=True)
+        return tensors(tmp_path / "out")
+
+    return run
+
+
+@pytest.fixture
+def error(merged):
+    def run(text):
+        with pytest.raises(RecipeError) as caught:
+            merged(text)
+        return str(caught.value).partition("recipe.yaml:")[2]
+
+    return run
+
+
+def expect(merged, models, value_of):
+    """Every tensor is what value_of(name, block or None, base, a, b) says."""
+    base, a, b = (tensors(models / name) for name in ("base", "a", "b"))
+    for name, tensor in merged.items():
+        match = re.search(r"layers\.(\d+)\.", name)
+        wanted = value_of(name, int(match[1]) if match else None, base[name], a[name], b[name])
+        assert torch.allclose(tensor, wanted, rtol=1e-6, atol=1e-7), name
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("setting", "t", "expected"),
+        [
+            (0.3, 0.7, 0.3),
+            ("1e-5", 0.7, 1e-5),  # YAML takes it for a text
+            ([0.0, 1.0], 0.25, 0.25),
+            ([0.0, 0.5, 0.3], 0.75, 0.4),
+            ([0.2, 0.8], 1.0, 0.8),
+            ([True, False, True], 0.6, 0.0),  # truth values are not interpolated
+            ([{"filter": "attn", "value": [0, 1]}, {"value": 0.9}], 0.5, 0.5),
+            ([{"filter": "mlp", "value": 0.1}, {"value": 0.9}], 0.5, 0.9),
+            ([{"filter": "*", "value": 0.1}, {"filter": "attn", "value": 0.9}], 0.5, 0.1),
+            ([{"filter": "mlp", "value": 0.1}], 0.5, None),
+        ],
+    )
+    def test_value_at_a_depth(self, setting, t, expected):
+        assert evaluate(setting, "layers.1.self_attn.q_proj.weight", t) == pytest.approx(expected)
+
+
+class TestReader:
+    def test_linear_normalises_its_weights(self, merged, models):
+        out = merged("""
+merge_method: linear
+models:
+  - {model: base, parameters: {weight: 2}}
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: 1}}
+""")
+        expect(out, models, lambda n, i, base, a, b: 0.5 * base + 0.25 * a + 0.25 * b)
+
+    def test_task_arithmetic_does_not(self, merged, models):
+        out = merged("""
+merge_method: task_arithmetic
+base_model: base
+models:
+  - {model: a, parameters: {weight: 0.5}}
+  - {model: b, parameters: {weight: 1.0}}
+parameters: {lambda: 0.5}
+""")
+        expect(out, models, lambda n, i, base, a, b: base + 0.25 * (a - base) + 0.5 * (b - base))
+
+    def test_normalize_divides_by_the_sum_of_the_weights(self, merged, models):
+        out = merged("""
+merge_method: task_arithmetic
+base_model: base
+models:
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: 3}}
+parameters: {normalize: true}
+""")
+        expect(out, models, lambda n, i, base, a, b: base + 0.25 * (a - base) + 0.75 * (b - base))
+
+    def test_slerp_runs_from_the_base_to_the_other(self, merged, models):
+        out = merged("""
+merge_method: slerp
+base_model: b
+models: [{model: b}, {model: a}]
+parameters: {t: 0.25}
+""")
+
+        def slerp(n, i, base, a, b):
+            cosine = (a * b).sum() / (a.norm() * b.norm())
+            theta = torch.acos(cosine)
+            if abs(cosine) > 0.9995:
+                return 0.75 * b + 0.25 * a
+            return (torch.sin(0.75 * theta) * b + torch.sin(0.25 * theta) * a) / torch.sin(theta)
+
+        expect(out, models, slerp)
+
+    def test_gradients_run_over_the_layers_and_filters_over_names(self, merged, models):
+        out = merged("""
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: a
+    parameters:
+      weight:
+        - {filter: q_proj, value: [0.0, 1.0]}
+        - {filter: self_attn, value: 0.25}
+        - {value: [1.0, 0.0]}
+""")
+
+        def value(n, i, base, a, b):
+            t = None if i is None else i / (N_LAYERS - 1)
+            weight = t if "q_proj" in n else 0.25 if "self_attn" in n else 1.0 if i is None else 1.0 - t
+            return base + weight * (a - base)
+
+        expect(out, models, value)
+
+    def test_slices_have_parameters_and_models_of_their_own(self, merged, models):
+        out = merged("""
+merge_method: linear
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 2], parameters: {weight: 1}}
+      - {model: a, layer_range: [0, 2], parameters: {weight: [0, 3]}}
+  - parameters: {weight: 1}
+    sources:
+      - {model: a, layer_range: [2, 3]}
+      - {model: b, layer_range: [2, 3]}
+""")
+
+        def value(n, i, base, a, b):
+            if n == "model.embed_tokens.weight" or i == 0:
+                return base
+            return 0.25 * base + 0.75 * a if i == 1 else 0.5 * (a + b)
+
+        expect(out, models, value)
+
+    def test_layers_that_keep_their_place_are_no_stack(self, merged, models):
+        out = merged("""
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 1]}]
+  - sources: [{model: b, layer_range: [1, 3], parameters: {scale: [{filter: o_proj, value: 0.5}, {value: 1}]}}]
+""")
+
+        def value(n, i, base, a, b):
+            first = i == 0 or "embed" in n
+            return a if first else 0.5 * b if "o_proj" in n else b
+
+        expect(out, models, value)
+
+    def test_knobs_of_one_model(self, models, tmp_path):
+        (models / "recipe.yaml").write_text("""
+merge_method: breadcrumbs_ties
+base_model: base
+models:
+  - {model: a, parameters: {weight: 0.5, density: 0.5, gamma: 0.02}}
+  - {model: b, parameters: {weight: 1.0, density: 1.7, gamma: 0.02}}
+parameters: {lambda: 0.9, normalize: true, int8_mask: true, wieght: 3}
+out_dtype: float32
+tokenizer_source: a
+""")
+        told = merge(models / "recipe.yaml", tmp_path / "out")
+        recipe = Recipe.from_yaml((tmp_path / "out" / "recipe.yaml").read_text())
+        assert (recipe.base, recipe.interface) == ("base", "a")
+        (rule,) = recipe.rules
+        assert (rule.roles, rule.blocks, rule.tensors) == (None, None, None)
+        assert rule.method == "breadcrumbs_ties" and rule.coefficients == {"a": 0.5, "b": 1.0}
+        assert rule.knobs == {
+            "lambda": 0.9, "normalize": 1.0, "density:a": 0.5, "density:b": 1.0, "gamma": 0.02,
+        }  # fmt: skip
+        assert any("int8_mask: ignored" in line for line in told.lines)
+        assert any("wieght: ignored" in line and "did you mean 'weight'" in line for line in told.lines)
+
+    def test_few_rules_say_it(self, models, tmp_path):
+        (models / "recipe.yaml").write_text("""
+merge_method: slerp
+base_model: base
+models: [{model: base}, {model: a}]
+parameters:
+  t: [{filter: self_attn, value: [0, 0.5, 1]}, {filter: mlp, value: 0.75}, {value: 0.25}]
+""")
+        merge(models / "recipe.yaml", tmp_path / "out")
+        rules = Recipe.from_yaml((tmp_path / "out" / "recipe.yaml").read_text()).rules
+        assert {(rule.roles, rule.blocks): rule.coefficients["a"] for rule in rules} == {
+            (("attention",), (0,)): 0.0,
+            (("attention",), (1,)): 0.5,
+            (("attention",), (2,)): 1.0,
+            (("ffn",), None): 0.75,
+            (("norm",), (0, 1, 2)): 0.25,
+            (None, (-1,)): 0.25,
+        }
+
+
+MODELS = "models: [{model: base, parameters: {weight: 1}}, {model: a, parameters: {weight: 1}}]"
+STACK = "slices: [{sources: [{model: a, layer_range: [0, 2]}]}, {sources: [{model: b, layer_range: [1, 3]}]}]"
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("text", "line", "place", "words"),
+        [
+            ("merge_method: linaer", 1, "merge_method", "did you mean 'linear'"),
+            ("merge_method: ramplus_tl", 1, "merge_method", "the nearest is ram"),
+            ("merge_method: linear", 1, "mergekit", "expected one of models and slices, got neither"),
+            (f"merge_method: passthrough\n{STACK}", 2, "slices.1.sources.0.layer_range", "stacking and reordering"),
+            (
+                "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]",
+                2, "slices.0.sources.0.layer_range", "the slices end at layer 2, the models at 3",
+            ),
+            (
+                "merge_method: linear\nslices:\n- sources:\n  - {model: a, layer_range: [0, 3]}\n"
+                "  - {model: b, layer_range: [1, 4]}",
+                5, "slices.0.sources.1.layer_range", "same layer of the others",
+            ),
+            (f"merge_method: linear\n{MODELS}\ntokenizer_source: union", 3, "tokenizer_source", "the same as base"),
+            (f"merge_method: linear\n{MODELS}\ndtype: float16", 3, "dtype", "expected out_dtype: float32"),
+            (f"merge_method: linear\n{MODELS}\nparameters:\n  normalize: false", 2, "models.0.parameters.weight",
+             "sum to 2 with normalize: false"),
+            (f"merge_method: ties\n{MODELS}", 1, "merge_method", "ties needs a base_model"),
+            (f"merge_method: ties\nbase_model: b\n{MODELS}\nparameters: {{rescale: true}}", 4, "parameters.rescale",
+             "rescaling is not here"),
+            ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}]", 1, "parameters", "t is missing"),
+            ("merge_method: linear\nmodels: [{model: a}, {model: b}]", 2, "models.0.parameters", "weight is missing"),
+            (f"merge_method: slerp\nbase_model: b\n{MODELS}\nparameters: {{t: 0.5}}", 3, "models", "expected 2 models"),
+            ("merge_method: linear\nmodels:\n- {model: a}\n- {model: a}", 4, "models.1", "a is named twice"),
+            ("merge_method: linear\nmodels:\n- {model: a+lora}", 3, "models.0.model", "merge_and_unload"),
+            (f"merge_method: linear\n{MODELS}\nparameters:\n  weight: [1, {{value: 2}}]", 4, "parameters.weight.0",
+             "expected {filter: TEXT, value: NUMBER}"),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{weight: much}}", 3, "parameters.weight", "got 'much'"),
+            (f"merge_method: ties\nbase_model: b\n{MODELS}\nparameters: {{lambda: -1}}", 4, "parameters",
+             "expected 0 to 10"),
+        ],
+    )  # fmt: skip
+    def test_with_the_place_and_what_can_be_done(self, error, text, line, place, words):
+        message = error(text)
+        assert message.startswith(f"{line}: {place}: "), message
+        assert words in message
+
+    @pytest.mark.parametrize("text", ["[]", "a: 1", "{", "--- {}\n--- {}", "version: 2", "version: 1\nsources: []"])
+    def test_files_that_are_no_recipe(self, merged, text):
+        with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+            merged(text)
+
+
+def of_space(models, method, knobs=None, seed=0, base="base", donors=("a", "b")):
+    """A recipe of the block space, with exact zeros and ones among the coefficients."""
+    sources = {name: Source(str(models / name)) for name in ("base", "a", "b")}
+    layout = Checkpoint.open(models / "a").layout
+    space = block(layout, Ingredients(sources, base, donors, "a", method, knobs=knobs or {}))
+    rng = np.random.default_rng(seed)
+    genome = rng.random(len(space.genes), dtype=np.float32)
+    genome[rng.random(len(genome)) < 0.3] = 0.0
+    return space.decode(genome)
+
+
+ROUND_TRIPS = {
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.5, "density:b": 0.3, "lambda": 0.9},
+    "breadcrumbs": {"density": 0.6, "gamma": 0.1},
+    "breadcrumbs_ties": {"density": 0.5, "gamma:a": 0.2},
+    "slerp": {},
+    "nuslerp": {},
+    "multislerp": {},
+}
+
+
+class TestWriter:
+    @pytest.mark.parametrize("method", ROUND_TRIPS)
+    def test_there_and_back_gives_the_same_bits(self, models, merged, method):
+        donors = ("a",) if method in ("slerp", "nuslerp") else ("a", "b")
+        recipe = of_space(models, method, ROUND_TRIPS[method], donors=donors)
+        if method == "multislerp":
+            halved = [Rule(r.method, {d: c / 2 for d, c in r.coefficients.items()}, r.roles, r.blocks)
+                      for r in recipe.rules]  # fmt: skip
+            recipe = Recipe(recipe.sources, recipe.base, recipe.interface, tuple(halved))
+        sources = {name: Checkpoint.open(models / name) for name in recipe.sources}
+        text, notes = write_mergekit(recipe, sources)
+        assert notes == []
+        expected = dict(Materializer(sources).stream(recipe))
+        found = merged(text)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if method == "multislerp":  # weights are divided by their sum, which rounds
+                assert torch.allclose(found[name], tensor, rtol=1e-6, atol=1e-7), name
+            else:
+                assert torch.equal(found[name], tensor), name
+
+    @pytest.mark.parametrize("method", ["sce", "model_stock", "ram", "karcher"])
+    def test_methods_without_weights(self, models, merged, method):
+        c = 1 / 3 if method == "karcher" else 1.0
+        sources = {name: Source(str(models / name)) for name in ("base", "a", "b")}
+        recipe = Recipe(sources, "base", "base", (Rule(method, {"a": c, "b": c}),))
+        checkpoints = {name: Checkpoint.open(models / name) for name in sources}
+        text, _ = write_mergekit(recipe, checkpoints)
+        assert all(
+            torch.equal(merged(text)[name], t) for name, t in Materializer(checkpoints).stream(recipe) if "norm" in name
+        )
+
+    def test_interface_and_dtype_are_kept(self, models):
+        recipe = of_space(models, "ties")
+        data = yaml.safe_load(write_mergekit(recipe, {n: Checkpoint.open(models / n) for n in recipe.sources})[0])
+        assert data["base_model"].endswith("/base") and data["tokenizer_source"].endswith("/a")
+        assert data["dtype"] == data["out_dtype"] == "float32"
+
+    @pytest.mark.parametrize(
+        ("rules", "words"),
+        [
+            ((Rule("aoe", {"a": 0.5}),), "has no aoe"),
+            ((Rule("linear", {"a": 0.5}, blocks=(0,)), Rule("slerp", {"a": 0.5})), "one merge_method"),
+            ((Rule("slerp", {"a": 0.5, "b": 0.5}),), "takes two models"),
+            ((Rule("sce", {"a": 0.5, "b": 1.0}),), "no weights"),
+            ((Rule("karcher", {"a": 0.5}, blocks=(0,)),), "alike"),
+        ],
+    )
+    def test_what_mergekit_has_no_words_for(self, models, rules, words):
+        sources = {name: Source(str(models / name)) for name in ("base", "a", "b")}
+        with pytest.raises(CannotSayError, match=words):
+            write_mergekit(
+                Recipe(sources, "base", "a", rules), {name: Checkpoint.open(models / name) for name in sources}
+            )
+
+    def test_routed_experts(self, moe_parents):
+        sources = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
+        named = {name: Source(str(path)) for name, path in moe_parents.items()}
+        space = expert(sources["a"].layout, Ingredients(named, "b", ("a",), "a", "linear"))
+        with pytest.raises(CannotSayError, match="experts"):
+            write_mergekit(space.decode(np.full(len(space.genes), 0.5, np.float32)), sources)
+
+
+def test_a_file_of_ours_rebuilds_its_export(models, tmp_path):
+    (models / "ours.yaml").write_text(
+        json.dumps(
+            {
+                "version": 1, "base": "base", "interface": "a",
+                "sources": {"base": {"path": "base"}, "a": {"path": "a"}},
+                "rules": [{"method": "linear", "coefficients": {"a": 0.5}, "tensors": ["*.q_proj.weight"]}],
+            }
+        )
+    )  # fmt: skip
+    merge(models / "ours.yaml", tmp_path / "one")
+    merge(tmp_path / "one" / "recipe.yaml", tmp_path / "two")
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    base, a = tensors(models / "base"), tensors(models / "a")
+    for name in one:
+        assert torch.equal(one[name], 0.5 * base[name] + 0.5 * a[name] if "q_proj" in name else base[name])
+
+
+def test_a_digest_is_checked(models, tmp_path):
+    sources = {name: Source(str(models / name)) for name in ("base", "a")}
+    sources["a"] = Source(sources["a"].path, "0" * 64)
+    (tmp_path / "r.yaml").write_text(Recipe(sources, "base", "a", (Rule("linear", {"a": 0.5}),)).to_yaml())
+    with pytest.raises(RecipeError, match=r"a: the content of .* is not what the recipe was written for"):
+        merge(tmp_path / "r.yaml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
