@@ -216,12 +216,12 @@ class TestExport:
             finished.export("knee", target, force=True)
 
     def test_nothing_is_left_of_an_export_that_fails(self, finished, tmp_path, monkeypatch):
-        from evo import export as export_module
+        from evo.safetensors_writer import SafetensorsWriter
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(export_module, "save_file", full)
+        monkeypatch.setattr(SafetensorsWriter, "write", full)
         with pytest.raises(ExportError, match=r"nothing of it is left.*No space left"):
             finished.export("knee", tmp_path / "out")
         assert list(tmp_path.iterdir()) == []

@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
-    judged = [f"{kind}-{seed}" for kind in ("search", "random") for seed in SEEDS]
-    names = ["line", "swaps", *judged]
+    judged = [*(f"search-{seed}" for seed in SEEDS), "random-0"]
+    names = ["swaps", "line", *judged]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(run, names, [arguments.out] * len(names)))
     runs = {name: Search.open(arguments.out / name) for name in names}
