@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from evo import ledger as ledger_file
 from evo.assemble import (
@@ -30,6 +27,7 @@ from evo.assemble import (
 from evo.config import Budget, Config, changed_keys, load_config
 from evo.front import Front, read_front
 from evo.history import History
+from evo.interrupts import interruptible
 from evo.ledger import Ledger
 from evo.loop import Loop, ResumeError, Watcher
 from evo.run_folder import hold, stop_requested
@@ -112,7 +110,7 @@ class Search:
     @contextmanager
     def _sitting(self, watch: Watcher | None, budget: Budget | None) -> Iterator[Loop]:
         """Everything that can be checked is checked here, before a model is loaded."""
-        with hold(self.folder), _sigterm_interrupts():
+        with hold(self.folder), interruptible():
             sources, digests, task = open_sources(self.config), source_digests(self.config), build_task(self.config)
             space = build_space(self.config, sources, digests)
             if note := unscored_note(self.config.interface_parent, sources[self.config.interface_parent]):
@@ -158,20 +156,3 @@ class Search:
 def _versions() -> dict[str, str]:
     names = ("mergefront", "torch", "transformers", "numpy", "cma", "optuna")
     return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM (a preempted job) like Ctrl-C, so that files are closed on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

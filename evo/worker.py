@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evo import interrupts
 from evo.types import Candidate, Evaluation, Status
 from fitness.evaluator import Evaluator
 from fitness.objectives import losses
@@ -55,6 +56,8 @@ class Worker:
             generate_start = time.perf_counter()
             score, completions = self._evaluator.evaluate(problems)
         except Exception as error:  # whatever a merge can do to a model ends here, not the run
+            if interrupts.pending():
+                raise KeyboardInterrupt from error
             return Evaluation(
                 candidate.id,
                 Status.FAILED,
