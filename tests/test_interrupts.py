@@ -26,7 +26,7 @@ class SwallowingEngine:
 
 
 def test_a_swallowed_interrupt_is_no_failed_candidate():
-    worker = Worker(SwallowingEngine(), None, {}, max_tokens=1, objectives=("error",))
+    worker = Worker(SwallowingEngine(), None, {}, max_tokens=1, objectives=("error",), orderliness=None)
     recipe = Recipe({"a": Source("a")}, "a", "a")
     with interruptible(), pytest.raises(KeyboardInterrupt):
         worker.evaluate(Candidate(0, "c0", Origin.SEARCH, 0, recipe, np.zeros(1, np.float32)), "search")
