@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.materializer import Materializer
 from evo.merge import apply
@@ -31,13 +32,9 @@ def recipes_of(parents, **rules):
     return {name: Recipe(sources, "base", "a", (rule,), seed=7) for name, rule in rules.items()}
 
 
-def opened(parents):
-    return {name: Checkpoint.open(path) for name, path in parents.items()}
-
-
 def whole(parents, recipe):
     """The unsharded merge, in float32 or bfloat16 slots."""
-    checkpoints = opened(parents)
+    checkpoints = open_checkpoints(parents)
     dtype = {n: torch.float32 if "e_score" in n else torch.bfloat16 for n in checkpoints["a"].scored}
     slots = {n: torch.empty(e.shape, dtype=dtype[n]) for n, e in checkpoints["a"].scored.items()}
     Materializer(checkpoints, slots).write(recipe.to_dict())
@@ -68,7 +65,10 @@ def test_the_union_of_the_ranks_is_the_unsharded_merge(moe_parents, n, tmp_path)
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0] * n
     for name, recipe in recipes.items():
-        expected, streamed = whole(moe_parents, recipe), dict(Materializer(opened(moe_parents)).stream(recipe))
+        expected, streamed = (
+            whole(moe_parents, recipe),
+            dict(Materializer(open_checkpoints(moe_parents)).stream(recipe)),
+        )
         assert all(torch.equal(expected[tensor], streamed[tensor]) for tensor in expected)
         for kind in KINDS:
             files = [load_file(tmp_path / f"{kind}-{name}-{rank}.safetensors") for rank in range(n)]
@@ -84,7 +84,7 @@ def test_a_rank_reads_and_holds_no_more_than_its_own(moe_parents, kind, monkeypa
         return read[-1]
 
     monkeypatch.setattr(Checkpoint, "tensor", counted)
-    checkpoints = opened(moe_parents)
+    checkpoints = open_checkpoints(moe_parents)
     slots, tensors = slots_of(kind, checkpoints["a"], 1, 2)
     materializer = Materializer(checkpoints, slots, partial=True)
     own = 3 * sum(t.nbytes for t in tensors.values())
@@ -99,28 +99,37 @@ def test_a_rank_reads_and_holds_no_more_than_its_own(moe_parents, kind, monkeypa
     assert len(read) == n_read
 
 
-REGIONS = [(8, 16, 0, 32), (3, 16, 13, 32)]
+NAME = "model.layers.1.mlp.experts.3.up_proj.weight"  # 16 x 32
+REGIONS = [(slice(8, 16), slice(0, 32)), (slice(3, 16), slice(13, 32))]
 
 
-@pytest.mark.parametrize(
-    ("method", "compiled"),
-    [*((m, False) for m in ("dare_ties", "della", "sce", "arcee_fusion")), ("linear", True), ("della", True)],
-)
-def test_any_region_of_a_matrix_has_the_bits_of_the_whole(moe_parents, method, compiled, monkeypatch):
-    """In odd columns too; by the compiled loop where it can be."""
-    if compiled and not find_compiler():
-        pytest.skip("no C++ compiler")
-    recipe = recipes_of(moe_parents, r=Rule(method, {"a": 0.6, "b": 0.3}))["r"]
-    name = "model.layers.1.mlp.experts.3.up_proj.weight"
-    expected = whole(moe_parents, recipe)[name]
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0 if compiled else 1 << 60)
-    for top, bottom, left, right in REGIONS:
-        slot = torch.empty(bottom - top, right - left, dtype=torch.bfloat16)
-        shards = [Shard(slot, slice(top, bottom), slice(left, right))]
-        report = Materializer(opened(moe_parents), {name: shards}, partial=True).write(recipe.to_dict())
-        assert torch.equal(slot, expected[top:bottom, left:right])
-        if compiled and method == "linear":
-            assert report.n_compiled == 1
+def assert_regions(parents, rule, name, regions):
+    recipe = recipes_of(parents, r=rule)["r"]
+    expected = whole(parents, recipe)[name]
+    shards = [Shard(torch.empty_like(expected[at]), *at) for at in regions]
+    Materializer(open_checkpoints(parents), {name: shards}, partial=True).write(recipe.to_dict())
+    assert all(torch.equal(shard.slot, expected[shard.rows, shard.columns]) for shard in shards)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "sce", "arcee_fusion"])
+def test_any_region_of_a_matrix_has_the_bits_of_the_whole(moe_parents, method):
+    """In odd columns too; with statistics of the whole, of rows, and noise."""
+    knobs = {"density": 0.5} if method in ("ties", "dare_ties", "della") else {}
+    assert_regions(moe_parents, Rule(method, {"a": 0.6, "b": 0.3}, knobs=knobs), NAME, REGIONS)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("name", "n_compiled"), [("linear", 2), ("ties", 2), ("dare", 1)])
+def test_regions_run_the_compiled_loop(moe_parents, name, n_compiled, monkeypatch):
+    """But not for noise of some columns."""
+    recipe = recipes_of(moe_parents)[name]
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 1 << 60)
+    expected = whole(moe_parents, recipe)[NAME]
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    shards = [Shard(torch.empty_like(expected[at]), *at) for at in REGIONS]
+    report = Materializer(open_checkpoints(moe_parents), {NAME: shards}, partial=True).write(recipe.to_dict())
+    assert report.n_compiled == n_compiled
+    assert all(torch.equal(shard.slot, expected[shard.rows, shard.columns]) for shard in shards)
 
 
 def test_shards_of_packed_experts(moe_parents, tmp_path):
@@ -131,7 +140,7 @@ def test_shards_of_packed_experts(moe_parents, tmp_path):
         expected = whole(packed, recipe)[name]
         experts = [(e, rows) for e in (1, 3, 5, 7) for rows in (slice(0, 8), slice(16, 24))]
         shards = [Shard(torch.empty(8, 32, dtype=torch.bfloat16), rows, expert=e) for e, rows in experts]
-        report = Materializer(opened(packed), {name: shards}, partial=True).write(recipe.to_dict())
+        report = Materializer(open_checkpoints(packed), {name: shards}, partial=True).write(recipe.to_dict())
         assert report.n_written == 4
         assert all(torch.equal(s.slot, expected[s.expert, s.rows]) for s in shards)
 
@@ -143,10 +152,10 @@ def test_fp8_shards_are_whole_blocks(moe_parents, tmp_path):
         expected = whole(quantized, recipe)[name]
         for at in ((slice(16, 32), slice(None)), (slice(None), slice(16, 48)), (slice(0, 16), slice(32, 48))):
             slot = torch.empty_like(expected[at])
-            Materializer(opened(quantized), {name: [Shard(slot, *at)]}, partial=True).write(recipe.to_dict())
+            Materializer(open_checkpoints(quantized), {name: [Shard(slot, *at)]}, partial=True).write(recipe.to_dict())
             assert torch.equal(slot, expected[at])
     with pytest.raises(CheckpointError, match="multiples of 16 rows"):
-        Materializer(opened(quantized), {name: [Shard(torch.empty(8, 48), slice(0, 8))]}, partial=True)
+        Materializer(open_checkpoints(quantized), {name: [Shard(torch.empty(8, 48), slice(0, 8))]}, partial=True)
 
 
 @pytest.mark.parametrize("stride", [6, 7])
@@ -169,11 +178,13 @@ def test_noise_is_numbered_by_the_element(stride):
 )
 def test_a_shard_that_does_not_fit_is_refused(moe_parents, shard, match):
     with pytest.raises(CheckpointError, match=match):
-        Materializer(opened(moe_parents), {"model.layers.1.mlp.experts.3.up_proj.weight": [shard]}, partial=True)
+        Materializer(
+            open_checkpoints(moe_parents), {"model.layers.1.mlp.experts.3.up_proj.weight": [shard]}, partial=True
+        )
 
 
 def test_some_of_a_model_has_to_be_asked_for(moe_parents):
-    checkpoints = opened(moe_parents)
+    checkpoints = open_checkpoints(moe_parents)
     slots = {name: torch.empty(entry.shape) for name, entry in checkpoints["a"].scored.items()}
     slots["lm_head.weight"] = [Shard(slots["lm_head.weight"])]
     with pytest.raises(CheckpointError, match=r"1 tensor.*lm_head.*partial=True"):
