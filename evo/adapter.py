@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from evo.checkpoint import Checkpoint, CheckpointError, read_header, read_json
+from evo.checkpoint import Checkpoint, CheckpointError, Cut, read_header, read_json
 from evo.encodings import Entry
 from evo.encodings.low_rank import MAX_RANK, LowRank, fixed_point
 
@@ -78,14 +78,15 @@ class Adapter(Checkpoint):
         full = self._base.holders(name) if replaced is None else ((self, replaced),)
         return (*full, *((self, f"{name}.{side}") for side in ("left", "right") if name in self._factors))
 
-    def tensor(self, piece: str) -> torch.Tensor:
+    def tensor(self, piece: str, cut: Cut | None = None) -> torch.Tensor:
         """See Checkpoint. NAME.left (R, r) and NAME.right (r, C) are the factors of NAME's difference."""
         name, _, side = piece.rpartition(".")
         if name not in self._factors:
-            return super().tensor(piece)
+            return super().tensor(piece, cut)
         transposed = self._is_transposed(name)
         factor = super().tensor(self._factors[name]["A" if (side == "right") != transposed else "B"])
-        return fixed_point(factor.T if transposed else factor, 1 if side == "left" else 0).contiguous()
+        factor = fixed_point(factor.T if transposed else factor, 1 if side == "left" else 0)
+        return (factor if cut is None else factor[cut]).contiguous()
 
     def written_map(self) -> dict[str, str]:
         """An adapter says nothing of how a whole checkpoint is laid out.

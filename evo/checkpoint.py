@@ -30,6 +30,8 @@ INTERFACE_FILES = (
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
 """Files besides the weights that decide what a checkpoint says; a child gets its interface parent's."""
+Cut = tuple[slice | int, ...]
+"""An index of a tensor: for its leading dimensions, what to take of each."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 
@@ -105,13 +107,16 @@ class Checkpoint:
         unscored = set(self.layout.unscored)
         return {name: entry for name, entry in self.entries.items() if name not in unscored}
 
-    def tensor(self, piece: str) -> torch.Tensor:
-        """Read one tensor of the files to the CPU, as it is."""
+    def tensor(self, piece: str, cut: Cut | None = None) -> torch.Tensor:
+        """Read one tensor of the files, or no more of it than a cut, to the CPU, as it is."""
         file = self.weight_map[piece]
         try:
             if file not in self._handles:
                 self._handles[file] = safe_open(self.path / file, framework="pt")
-            tensor: torch.Tensor = self._handles[file].get_tensor(piece)
+            handle = self._handles[file]
+            tensor: torch.Tensor = (
+                handle.get_tensor(piece) if cut is None else handle.get_slice(piece)[cut].contiguous()
+            )
         except (SafetensorError, OSError, AttributeError, KeyError) as error:  # the latter: a dtype torch has not
             raise CheckpointError(f"{self.path / file}: tensor {piece} cannot be read: {error}") from error
         if piece not in self._finite:
@@ -120,7 +125,8 @@ class Checkpoint:
                     f"{self.path / file}: tensor {piece} holds {found}; "
                     "expected finite numbers only. Get this checkpoint anew, or leave it out."
                 )
-            self._finite.add(piece)
+            if cut is None:
+                self._finite.add(piece)
         return tensor
 
     def holders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:

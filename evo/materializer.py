@@ -2,13 +2,15 @@
 
 Every part is computed from its sources in float32, rounded once to its stored dtype, and copied in place,
 never added to what is resident: after a thousand candidates that would have drifted. So the scored model
-is the exported model, bit for bit.
+is the exported model, bit for bit. Of several processes each may hold shards (evo.shards): what is not measured of
+whole parts is read and merged for these only, and their union is the same model.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ import torch
 from torch import Tensor
 
 from evo.adapter import open_checkpoints
-from evo.checkpoint import Checkpoint, CheckpointError
+from evo.checkpoint import Checkpoint, CheckpointError, Cut
 from evo.copies import tied_heads, unscored_copies
 from evo.encodings import Stored, Watcher, stack
 from evo.encodings.rounding import Rounding
 from evo.merge import Method, Stats, get_method
 from evo.merge.apply import PartMerge
-from evo.merge.blocks import Operand
+from evo.merge.blocks import Operand, Region, matrix_shape
 from evo.merge.noise import Key, stream_key
+from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe, Rule
@@ -43,7 +46,7 @@ class UpdateReport:
     n_skipped: int
     """Parts whose inputs had not changed since the last write."""
     n_compiled: int
-    """Parts that a compiled loop has merged; the others were copied, or merged on tensors."""
+    """Parts, or shards of them, that a compiled loop has merged; the others were copied, or merged on tensors."""
     written_bytes: int
     seconds: float
 
@@ -94,37 +97,40 @@ class Materializer:
     Args:
         checkpoints: source name -> checkpoint; all of one layout.
         slots: tensor name -> resident tensor to write into (any float dtype, any device); several names
-            may share one slot (tied weights). Not needed for streaming.
+            may share one slot (tied weights). Of a partial model also shards. Not needed for streaming.
         device: where merging happens when streaming; writes happen where the slot lives.
+        partial: whether the slots are one process's part of a model; what has none is not written here.
+
+    Raises:
+        CheckpointError: if a tensor has no slot, or a shard does not fit.
     """
 
     def __init__(
         self,
         checkpoints: Mapping[str, Checkpoint],
-        slots: Mapping[str, Tensor] | None = None,
+        slots: Slots | None = None,
         device: torch.device | str = "cpu",
+        *,
+        partial: bool = False,
     ) -> None:
         self._checkpoints = checkpoints
-        self._slots = slots or {}
         first = next(iter(checkpoints.values()))
         self.layout: Layout = first.layout
         self._tied = tied_heads(first)
         self._common = common_rows(checkpoints)
-        if slots is not None and (homeless := [n for n in first.scored if n not in slots]):
-            raise CheckpointError(
-                f"{len(homeless)} tensor(s) of the checkpoint have no place in the resident model: "
-                + ", ".join(homeless[:5])
-            )
+        if slots is not None and not partial:
+            _check_complete(slots, first)
+        self._targets = self._find_targets(slots or {})
         self._device = torch.device(device)
-        self._resident: dict[tuple[Path, str], Tensor] = {}  # (folder, name in its files) -> bits, on the device
+        self._resident: dict[tuple[Path, str, str], Tensor] = {}  # folder, name in its files, cut -> bits on the device
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
         self._n_compiled = 0
 
     @classmethod
-    def hosted(cls, slots: Mapping[str, Tensor], sources: Mapping[str, str]) -> Materializer:
+    def hosted(cls, slots: Slots, sources: Mapping[str, str], *, partial: bool = False) -> Materializer:
         """The constructor an engine calls where its weights live: sources are name -> folder."""
-        return cls(open_checkpoints(sources), slots)
+        return cls(open_checkpoints(sources), slots, partial=partial)
 
     @torch.no_grad()
     def write(self, recipe: Mapping[str, Any]) -> UpdateReport:
@@ -133,22 +139,30 @@ class Materializer:
         n_written = n_skipped = written_bytes = 0
         n_compiled = self._n_compiled
         for part, job in self._assign(Recipe.from_dict(recipe)).items():
-            if part.tensor in self._tied:
+            if part not in self._targets:
                 continue
-            slot = self._slots[part.tensor]
             if self._written.get(part) == job.key:
                 n_skipped += 1
                 continue
             self._written.pop(part, None)  # if the copy fails half-way, the part is written again
-            target = slot if part.row is None else slot[part.row]
-            merged = self._part(part, job, slot.device, keep=True, target=target)
-            if merged.pieces[0] is not target:
-                merged.encoding.decode(merged.pieces, target, CHUNK_ELEMENTS)
+            for target in self._targets[part]:
+                self._write(part, job, target.slot, target.region)
+                written_bytes += target.slot.numel() * target.slot.element_size()
             self._written[part] = job.key
             n_written += 1
-            written_bytes += target.numel() * target.element_size()
         n_compiled = self._n_compiled - n_compiled
         return UpdateReport(n_written, n_skipped, n_compiled, written_bytes, time.perf_counter() - start)
+
+    def _find_targets(self, slots: Slots) -> dict[Part, list[Target]]:
+        """Part -> where it is written, for those that are held here."""
+        parts = [part for part in self.layout.parts if part.tensor in slots and part.tensor not in self._tied]
+        entries = {part: [c.entries[part.tensor] for c in self._checkpoints.values()] for part in parts}
+        return {part: found for part in parts if (found := targets_of(part, entries[part], slots))}
+
+    def _write(self, part: Part, job: _Job, slot: Tensor, region: Region | None) -> None:
+        merged = self._part(part, job, slot.device, True, target=slot, region=region)
+        if merged.pieces[0] is not slot:
+            merged.encoding.decode(merged.pieces, slot, CHUNK_ELEMENTS)
 
     @torch.no_grad()
     def stream(self, recipe: Recipe, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -191,13 +205,22 @@ class Materializer:
         keep: bool,
         watch: Watcher | None = None,
         target: Tensor | None = None,
+        region: Region | None = None,
     ) -> Stored:
-        """One part as it is stored: the same function for a slot and for an export. May be made in the target."""
-        stored = [self._stored(name, part, device, keep) for name in job.sources]
+        """One part, or a region of it, as it is stored: the same function for a slot and for an export. May be made
+        in the target.
+        """
+        stored = [self._stored(name, part, device, keep, region) for name in job.sources]
         if (rows := self._common.get(part.tensor)) is None:
-            return self._merged(part, job, stored, device, watch, target)
-        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch)
-        return rows.complete(merged, self._stored(job.interface, part, device, keep))
+            return self._merged(part, job, stored, device, watch, target, region)
+        rows, interface = (
+            rows.within(region[0]) if region else rows,
+            self._stored(job.interface, part, device, keep, region),
+        )
+        if rows.n_rows == 0:
+            return interface
+        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch, region=region)
+        return rows.complete(merged, interface)
 
     def _merged(
         self,
@@ -207,27 +230,46 @@ class Materializer:
         device: torch.device,
         watch: Watcher | None,
         target: Tensor | None = None,
+        region: Region | None = None,
     ) -> Stored:
-        """What a job makes of its sources."""
+        """What a job makes of its sources, or of that region of them."""
         if job.method is None:
             return stored[0].as_output(CHUNK_ELEMENTS)
         method = job.method
         base, *donors = (source.operand for source in stored)
-        stats = self._measure(part, job, base, donors)
+        operands = dict(zip(job.sources, (base, *donors), strict=True))
+        stats = self._measure(part, job, device, self._whole(part, device) if region else operands.__getitem__)
         if method.copy_once_measured:
             copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
             if copied is not None:
                 return stored[copied].as_output(CHUNK_ELEMENTS)
         arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
         keys = self._noise_keys(part, job) if method.random else ()
-        merge = PartMerge(method, base, donors, job.coefficients, arguments, keys)
+        corner, width = self._place(part, region) if region else ((0, 0), None)
+        merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
         output, shape = stored[0].encoding.output, stored[0].shape
         if compiled := merge.compiled():
             self._n_compiled += 1
             return Stored(output, (compiled.into(shape, target),))
         return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
 
-    def _measure(self, part: Part, job: _Job, base: Operand, donors: list[Operand]) -> Any:
+    def _whole(self, part: Part, device: torch.device) -> Callable[[str], Operand]:
+        """Reads sources of a part as a whole, to be measured; nothing is kept beyond that."""
+
+        @functools.cache
+        def read(source: str) -> Operand:
+            stored, rows = self._stored(source, part, device, keep=False), self._common.get(part.tensor)
+            return (rows.cut(stored) if rows else stored).operand
+
+        return read
+
+    def _place(self, part: Part, region: Region) -> tuple[tuple[int, int], int]:
+        """Corner of a region, and width of its part."""
+        shape = next(iter(self._checkpoints.values())).entries[part.tensor].shape
+        _, width = matrix_shape(shape if part.row is None else shape[1:])
+        return (region[0].start, region[1].start), width
+
+    def _measure(self, part: Part, job: _Job, device: torch.device, operand: Callable[[str], Operand]) -> Any:
         """What the job's method wants to know of the whole part; measured once, then remembered."""
         assert job.method is not None
         measure = job.method.measure
@@ -235,16 +277,16 @@ class Materializer:
             return None
         arguments = {name: job.arguments[name] for name in measure.knobs}
 
-        def stats(names: tuple[str, ...], tensors: list[Operand], knobs: Mapping[str, float]) -> Stats:
-            key = (measure.function, part, base.device, job.sources[0], names, measure.key(**knobs))
+        def stats(names: tuple[str, ...], knobs: Mapping[str, float]) -> Stats:
+            key = (measure.function, part, device, job.sources[0], names, measure.key(**knobs))
             if key not in self._stats:
-                self._stats[key] = measure.function(tensors, base, **knobs)
+                self._stats[key] = measure.function([operand(n) for n in names], operand(job.sources[0]), **knobs)
             return self._stats[key]
 
         if not measure.per_donor:
-            return stats(job.sources[1:], donors, arguments)
+            return stats(job.sources[1:], arguments)
         return [
-            stats((name,), [donors[d]], {knob: values[d] for knob, values in arguments.items()})
+            stats((name,), {knob: values[d] for knob, values in arguments.items()})
             for d, name in enumerate(job.sources[1:])
         ]
 
@@ -252,15 +294,36 @@ class Materializer:
         """A stream of random numbers for each donor."""
         return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
 
-    def _stored(self, source: str, part: Part, device: torch.device, keep: bool) -> Stored:
+    def _stored(
+        self, source: str, part: Part, device: torch.device, keep: bool, region: Region | None = None
+    ) -> Stored:
+        """A part of a source, or no more than a region of it."""
         checkpoint = self._checkpoints[source]
-        pieces = [self._piece(*held, device, keep) for held in checkpoint.holders(part.tensor)]
-        return Stored(checkpoint.entries[part.tensor].encoding, tuple(pieces)).row(part.row)
+        entry, holders = checkpoint.entries[part.tensor], checkpoint.holders(part.tensor)
+        if region is None:
+            pieces = [self._piece(*held, device, keep) for held in holders]
+            return Stored(entry.encoding, tuple(pieces)).row(part.row)
+        expert: Cut = () if part.row is None else (part.row,)
+        shape, (rows, columns) = entry.shape[len(expert) :], region
+        n_rows, _ = matrix_shape(shape)  # fewer where only others have a token
+        cuts = entry.encoding.cut(shape, (slice(min(rows.start, n_rows), min(rows.stop, n_rows)), columns))
+        pieces = [self._piece(*held, device, keep, expert + cut) for held, cut in zip(holders, cuts, strict=True)]
+        return Stored(entry.encoding, tuple(pieces))
 
-    def _piece(self, holder: Checkpoint, name: str, device: torch.device, keep: bool) -> Tensor:
-        piece = self._resident.get((holder.path, name))
+    def _piece(self, holder: Checkpoint, name: str, device: torch.device, keep: bool, cut: Cut | None = None) -> Tensor:
+        key = (holder.path, name, str(cut))
+        piece = self._resident.get(key)
         if piece is None:
-            piece = holder.tensor(name).to(device)
+            piece = holder.tensor(name, cut).to(device)
             if keep:
-                self._resident[holder.path, name] = piece
+                self._resident[key] = piece
         return piece
+
+
+def _check_complete(slots: Slots, checkpoint: Checkpoint) -> None:
+    if homeless := [name for name in checkpoint.scored if not isinstance(slots.get(name), Tensor)]:
+        raise CheckpointError(
+            f"{len(homeless)} tensor(s) of the checkpoint have no place in the resident model: "
+            + ", ".join(homeless[:5])
+            + ". Where several processes hold a model together, say partial=True."
+        )

@@ -26,6 +26,11 @@ class CommonRows:
     foreign: tuple[int, ...]
     """Of these, rows whose token some source does not know."""
 
+    def within(self, rows: slice) -> CommonRows:
+        """The same of a region of the tensor."""
+        n_rows = max(0, min(self.n_rows, rows.stop) - rows.start)
+        return CommonRows(n_rows, tuple(i - rows.start for i in self.foreign if 0 <= i - rows.start < n_rows))
+
     def cut(self, stored: Stored) -> Stored:
         """The rows that all sources have."""
         return Stored(stored.encoding, (stored.pieces[0][: self.n_rows],))

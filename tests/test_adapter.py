@@ -17,6 +17,7 @@ from evo.config import Config
 from evo.encodings.low_rank import fixed_point
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
+from evo.shards import Shard
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, copy_of
 from tests.conftest import make_checkpoint
@@ -165,8 +166,18 @@ def test_base_bits_are_held_once(base, tmp_path):
     materializer = Materializer(open_checkpoints(folders), slots)
     recipe = Recipe(sources_of(folders), "base", "base", (Rule("task_arithmetic", {"lora": 0.5}),))
     materializer.write(recipe.to_dict())
-    held = [name for _, name in materializer._resident]
+    held = [name for _, name, _ in materializer._resident]
     assert sorted(name for name in held if not name.endswith((".left", ".right"))) == sorted(slots)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_shards_read_their_part_of_the_factors(base, name, tmp_path):
+    folders = {"base": base, "lora": make_adapter(tmp_path / "lora", base, 1)}
+    recipe = Recipe(sources_of(folders), "base", "base", (Rule("task_arithmetic", {"lora": 0.5}),))
+    expected = dict(Materializer(open_checkpoints(folders)).stream(recipe))[name]
+    shard = Shard(torch.empty_like(expected[3:20, 5:]), slice(3, 20), slice(5, None))
+    Materializer(open_checkpoints(folders), {name: [shard]}, partial=True).write(recipe.to_dict())
+    assert torch.equal(shard.slot, expected[3:20, 5:])
 
 
 def test_weights_that_were_trained_in_full_replace_the_bases(base, tmp_path):

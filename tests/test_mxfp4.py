@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
 from evo.encodings.mxfp4 import values_of
+from evo.materializer import Materializer
+from evo.shards import Shard
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, copy_of
 from tests.conftest import VOCABULARY, tiny_tokenizer
@@ -114,6 +116,17 @@ def test_merges_with_a_bfloat16_sibling(parents, tmp_path):
     plain = files_of(mixed["plain"])
     assert out.keys() == plain.keys()
     assert all(torch.equal(out[name], plain[name]) for name in plain)
+
+
+def test_shards_are_whole_groups(parents):
+    name, sources = "model.layers.1.mlp.experts.gate_up_proj", {n: Checkpoint.open(p) for n, p in parents.items()}
+    recipe = Recipe(sources_of(parents), "b", "a", (Rule("linear", {"a": 0.3}),))
+    expected = dict(Materializer(sources).stream(recipe))[name]
+    shard = Shard(torch.empty(32, 11).bfloat16(), slice(32, 64), slice(5, 16), expert=2)
+    Materializer(sources, {name: [shard]}, partial=True).write(recipe.to_dict())
+    assert torch.equal(shard.slot, expected[2, 32:, 5:16])
+    with pytest.raises(CheckpointError, match="multiples of 32 rows"):
+        Materializer(sources, {name: [Shard(torch.empty(16, 64), slice(0, 16), expert=0)]}, partial=True)
 
 
 def test_scales_that_do_not_fit_are_refused(parents, tmp_path):

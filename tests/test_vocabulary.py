@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
 from evo.export import write_checkpoint
+from evo.materializer import Materializer
+from evo.shards import Shard
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule
 from tests.conftest import VOCABULARY, make_checkpoint
@@ -110,6 +113,20 @@ def test_common_rows_are_merged_and_the_others_are_the_interfaces(folders, inter
     engine.update(recipe.to_dict())
     for name, tensor in reloaded.state_dict().items():
         assert torch.equal(engine._model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("interface", ["padded", "taught"])
+def test_shards_of_common_rows(folders, interface):
+    """Cut below, at and above where the smallest vocabulary ends."""
+    names = ("small", "padded", "taught")
+    rule = Rule("ties", {"padded": 0.5, "taught": 0.25}, knobs={"density": 0.5})
+    recipe = Recipe(sources_of({name: folders[name] for name in names}), "small", interface, (rule,))
+    name, sources = BY_TOKEN[0], opened(folders, *names)
+    expected = dict(Materializer(sources).stream(recipe))[name]
+    for cuts in ([0, 7, N + 3, N + 10], [0, N, N + 2, N + 10]):
+        shards = [Shard(torch.empty(b - a, 32).bfloat16(), slice(a, b)) for a, b in pairwise(cuts)]
+        Materializer(sources, {name: shards}, partial=True).write(recipe.to_dict())
+        assert torch.equal(torch.cat([shard.slot for shard in shards]), expected)
 
 
 def test_a_row_that_one_parent_has_no_token_for_is_the_interfaces(folders, tmp_path):

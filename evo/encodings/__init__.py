@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from evo.merge.blocks import Block, Operand
+from evo.merge.blocks import Block, Operand, Region
 
 FINDERS = {
     "fp8_blocks": "evo.encodings.fp8_blocks:find",
@@ -64,6 +64,13 @@ class Encoding(Protocol):
 
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """The tensor as a matrix; its first dimension is R."""
+
+    def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
+        """Where in each piece of a tensor of this shape a region of its matrix is; that is a tensor stored alike.
+
+        Raises:
+            EncodingError: if the region does not end where numbers can be told apart from their neighbours.
+        """
 
     def encode(
         self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None
@@ -127,6 +134,22 @@ def stack(rows: Sequence[Stored]) -> Stored:
     """A packed tensor from its rows, which are all stored alike."""
     pieces = zip(*(row.pieces for row in rows), strict=True)
     return Stored(rows[0].encoding, tuple(map(torch.stack, pieces)))
+
+
+def cut_units(region: Region, shape: Sequence[int], unit: tuple[int, int]) -> Region:
+    """A region of a matrix in units of rows and columns; the last units may be fewer.
+
+    Raises:
+        EncodingError: if it cuts through one.
+    """
+    for part, n, size in zip(region, shape, unit, strict=True):
+        if part.start % size or (part.stop % size and part.stop != n):
+            raise EncodingError(
+                f"expected shards that end at multiples of {unit[0]} rows and {unit[1]} columns, whose numbers are "
+                f"stored together, got {region[0].start}:{region[0].stop} and {region[1].start}:{region[1].stop}"
+            )
+    rows, columns = (slice(s.start // u, -(-s.stop // u)) for s, u in zip(region, unit, strict=True))
+    return rows, columns
 
 
 def find_entries(headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any]) -> dict[str, Entry]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from evo.encodings import EncodingError, Entry, TensorHeader, Values, Watcher
+from evo.encodings import EncodingError, Entry, TensorHeader, Values, Watcher, cut_units
 from evo.encodings.plain import DTYPES
-from evo.merge.blocks import Operand, blocks
+from evo.merge.blocks import Operand, Region, blocks
 
 LARGEST = 448.0
 """The largest E4M3 number."""
@@ -57,6 +57,10 @@ class Fp8Blocks:
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """See Encoding."""
         return _Scaled(pieces[0], pieces[1], self.block)
+
+    def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
+        """See Encoding."""
+        return region, cut_units(region, shape, self.block)
 
     def encode(
         self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evo.encodings import Encoding, Values, Watcher
-from evo.merge.blocks import Operand
+from evo.merge.blocks import Operand, Region
 
 BITS = 21
 MAX_RANK = 1 << (53 - 2 * BITS)
@@ -51,6 +51,10 @@ class LowRank:
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """See Encoding."""
         return _Sum(self.inner.operand(pieces[:-2]), pieces[-2], pieces[-1], self.scale)
+
+    def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
+        """See Encoding."""
+        return (*self.inner.cut(shape, region), (region[0], slice(None)), (slice(None), region[1]))
 
     def encode(
         self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None

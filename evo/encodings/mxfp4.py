@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evo.encodings import EncodingError, Entry, TensorHeader, Values, Watcher
+from evo.encodings import EncodingError, Entry, TensorHeader, Values, Watcher, cut_units
 from evo.encodings.plain import Plain
-from evo.merge.blocks import Operand
+from evo.merge.blocks import Operand, Region
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the codes 0 to 7; codes 8 to 15 are their negatives."""
@@ -49,6 +49,11 @@ class Mxfp4:
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """See Encoding. One expert is decoded whole, to bfloat16."""
         return values_of(*pieces)
+
+    def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
+        """See Encoding. What is stored is the transpose."""
+        stored = cut_units(region, shape, (GROUP, 1))[::-1]
+        return stored, stored
 
     def encode(
         self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evo.encodings import Entry, TensorHeader, Values, Watcher
-from evo.merge.blocks import Operand, as_matrix, blocks
+from evo.encodings import EncodingError, Entry, TensorHeader, Values, Watcher
+from evo.merge.blocks import Operand, Region, as_matrix, blocks, matrix_shape
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -44,6 +44,14 @@ class Plain:
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """See Encoding."""
         return as_matrix(pieces[0])
+
+    def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
+        """See Encoding."""
+        if len(shape) < 3:
+            return (region[2 - len(shape) :],)
+        if region[1] != slice(0, matrix_shape(shape)[1]):
+            raise EncodingError(f"expected shards of whole rows of a tensor of shape {list(shape)}, got {region[1]}")
+        return (region[:1],)
 
     def encode(
         self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None

@@ -1,4 +1,7 @@
-"""One part merged: block by block on tensors, or by a compiled loop in one pass. Both give the same bits."""
+"""One part, or a region of it, merged: block by block on tensors, or by a compiled loop in one pass.
+
+Both give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from evo.merge import Method
 from evo.merge.blocks import Block, Operand, blocks
 from evo.merge.kernels import Fused, fuse, log
-from evo.merge.noise import Key, uniforms
+from evo.merge.noise import Key, uniforms, uniforms_of_rows
 
 FUSE_FROM_ELEMENTS = 1 << 16
 """Smaller parts are not worth compiling a loop for."""
@@ -21,9 +24,9 @@ _CHECKED_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class PartMerge:
-    """A merge of one part.
+    """A merge of one part, or of a region of it.
 
-    Letters: the part is a matrix (R, C), see blocks.py.
+    Letters: the operands are matrices (R, C), see blocks.py.
     """
 
     method: Method
@@ -37,15 +40,16 @@ class PartMerge:
     """Of the method's merge: knobs, and `stats` of the whole part where it measures."""
     keys: Sequence[Key]
     """D streams of noise, for a random method."""
+    corner: tuple[int, int] = (0, 0)
+    """Row and column of the part's matrix where the region starts."""
+    width: int | None = None
+    """Columns of the part's matrix; None for as many as the operands have."""
 
     def block(self, block: Block) -> Tensor:
         """A block of the merge on tensors, shape (r, c), float32."""
-        arguments = dict(self.arguments)
-        if "stats" in arguments:
-            stats = arguments["stats"]
-            arguments["stats"] = [s.at(block[0]) for s in stats] if isinstance(stats, list) else stats.at(block[0])
+        arguments = self._arguments_at(block[0])
         if self.method.random:
-            arguments["noise"] = [_noise(key, self.base, block) for key in self.keys]
+            arguments["noise"] = [self._noise(key, block) for key in self.keys]
         floats = [donor[block].float() for donor in self.donors]
         return self.method.merge(floats, self.base[block].float(), self.coefficients, **arguments)
 
@@ -54,8 +58,14 @@ class PartMerge:
         tensors = [operand for operand in (self.base, *self.donors) if isinstance(operand, Tensor)]
         if len(tensors) <= len(self.donors):
             return None
-        large = self.base.numel() >= FUSE_FROM_ELEMENTS
-        fused = fuse(self.method, tensors, self.coefficients, self.arguments, self.keys, may_compile=large)
+        large, first, arguments = self.base.numel() >= FUSE_FROM_ELEMENTS, 0, self.arguments
+        if self.width in (None, self.base.shape[1]):
+            first = self.corner[0] * self.base.shape[1]
+        elif self.method.random:  # a loop numbers noise by runs of consecutive elements
+            return None
+        else:
+            arguments = self._arguments_at(slice(0, self.base.shape[0]))
+        fused = fuse(self.method, tensors, self.coefficients, arguments, self.keys, may_compile=large, first=first)
         if fused is not None and fused.loop.is_right is None:
             fused.loop.is_right = self._has_same_bits(fused)
         return fused if fused is not None and fused.loop.is_right else None
@@ -71,10 +81,19 @@ class PartMerge:
             log.warning("the compiled loop of a merge has other bits than the merge on tensors, and is not used")
         return bool(same.all())
 
+    def _arguments_at(self, rows: slice) -> dict[str, Any]:
+        """Of rows of the operands."""
+        arguments, top = dict(self.arguments), self.corner[0]
+        if "stats" in arguments:
+            stats, rows = arguments["stats"], slice(top + rows.start, top + rows.stop)
+            arguments["stats"] = [s.at(rows) for s in stats] if isinstance(stats, list) else stats.at(rows)
+        return arguments
 
-def _noise(key: Key, matrix: Operand, block: Block) -> Tensor:
-    """Uniform numbers for a block, numbered by the elements of the matrix."""
-    rows, columns = block
-    n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
-    start = rows.start * matrix.shape[1] + columns.start
-    return uniforms(key, start, n_rows * n_columns, matrix.device).view(n_rows, n_columns)
+    def _noise(self, key: Key, block: Block) -> Tensor:
+        """Uniform numbers for a block, numbered by the elements of the part's matrix."""
+        (rows, columns), (top, left), width = block, self.corner, self.width or self.base.shape[1]
+        n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
+        start, device = (top + rows.start) * width + left + columns.start, self.base.device
+        if n_rows == 1 or n_columns == width:
+            return uniforms(key, start, n_rows * n_columns, device).view(n_rows, n_columns)
+        return uniforms_of_rows(key, start, (n_rows, n_columns), width, device)

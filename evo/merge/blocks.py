@@ -1,6 +1,7 @@
 """A part as a matrix, and the matrix in blocks, so that temporaries stay small however large a tensor is."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 Block = tuple[slice, slice]
 """Rows and columns. The elements of a block are consecutive in the matrix: it takes whole rows, or a piece of one."""
+
+Region = tuple[slice, slice]
+"""Any rows and columns, both slices with start and stop: what one process of several holds of a matrix."""
 
 
 class Operand(Protocol):
@@ -32,8 +36,21 @@ class Operand(Protocol):
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """Shape (R, C): R is the first dimension; a vector or a number is one row. A view where the layout allows it."""
-    n_rows = tensor.shape[0] if tensor.ndim > 1 else 1
-    return tensor.reshape(n_rows, tensor.numel() // max(1, n_rows))
+    return tensor.reshape(matrix_shape(tensor.shape))
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(R, C) of a tensor's matrix."""
+    n_rows = shape[0] if len(shape) > 1 else 1
+    return n_rows, math.prod(shape) // max(1, n_rows)
+
+
+def cut_shape(shape: Sequence[int], region: Region) -> tuple[int, ...]:
+    """Shape of a tensor's region: that of the tensor with fewer rows, or (r, c); a vector stays one."""
+    (height, width), (_, n_columns) = (s.stop - s.start for s in region), matrix_shape(shape)
+    if width == n_columns and len(shape) != 1:
+        return (height, *shape[1:]) if shape else ()
+    return (height, width) if len(shape) > 1 else (width,)
 
 
 def blocks(matrix: Operand, size: int) -> Iterator[Block]:

@@ -51,6 +51,8 @@ class Fused:
     keep: tuple[Tensor, ...]
     """What the arguments point to."""
     n_columns: int
+    first: int = 0
+    """Number of the tensors' first element in the part."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,8 +71,9 @@ class Fused:
 
         Args:
             out: a contiguous tensor of the base's dtype, filled with as many elements as it has.
-            begin: number of the first.
+            begin: number of the first among those of the tensors.
         """
+        begin += self.first
         n, n_threads = out.numel(), torch.get_num_threads()
         step = max(1, -(-n // n_threads))
         pieces = [(at, min(at + step, n)) for at in range(0, n, step)]
@@ -96,6 +99,7 @@ def fuse(
     keys: Sequence[Key],
     *,
     may_compile: bool = True,
+    first: int = 0,
 ) -> Fused | None:
     """Compile a merge of whole matrices, or find its loop among those compiled.
 
@@ -106,6 +110,7 @@ def fuse(
         arguments: of the method's merge, without noise.
         keys: D streams of noise, for a random method.
         may_compile: if not, only loops that are there already are used.
+        first: number of the tensors' first element in the part, where they are some whole rows of it.
 
     Returns:
         None where the merge has to run on tensors: no compiler, another device, dtype or layout, or an operation
@@ -129,12 +134,12 @@ def fuse(
     words = [word for key in keys for word in key]
     kept = tuple(tensor.contiguous() for tensor in tape.tensors)
     packed = (
-        _pointers(tensors),
+        _pointers(tensors, first),
         (ctypes.c_float * len(tape.scalars))(*tape.scalars),
         _pointers(kept),
         (ctypes.c_int32 * len(words))(*words),
     )
-    return Fused(loop, packed, (*tensors, *kept), tensors[0].shape[1])
+    return Fused(loop, packed, (*tensors, *kept), tensors[0].shape[1], first)
 
 
 def _compile(nodes: tuple[Node, ...], dtypes: tuple[torch.dtype, ...]) -> Loop | None:
@@ -174,5 +179,7 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads)
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def _pointers(tensors: Sequence[Tensor], first: int = 0) -> Any:
+    """Where element 0 is, or would be, if the tensors start with a later one."""
+    places = (tensor.data_ptr() - first * tensor.element_size() for tensor in tensors)
+    return (ctypes.c_void_p * len(tensors))(*places)

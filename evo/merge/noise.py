@@ -34,11 +34,27 @@ def uniforms(key: Key, start: int, n: int, device: torch.device | str = "cpu") -
     first = start // 2
     x = torch.arange((start + n + 1) // 2 - first, dtype=torch.int32, device=device)
     x += _signed(first & 0xFFFFFFFF)
+    return _fractions(_hash(key, x)[start - 2 * first :][:n])
+
+
+def uniforms_of_rows(key: Key, start: int, shape: tuple[int, int], stride: int, device: torch.device) -> Tensor:
+    """Numbers start + stride i + j of a stream, shape (r, c): see `uniforms`."""
+    rows = torch.arange(shape[0], device=device) * stride + start
+    numbers = rows[:, None] + torch.arange(shape[1], device=device)
+    halves = _hash(key, (numbers >> 1).to(torch.int32)).view(*shape, 2)
+    return _fractions(halves.gather(2, (numbers & 1)[:, :, None])[:, :, 0])
+
+
+def _hash(key: Key, x: Tensor) -> Tensor:
+    """In place; a number of 32 bits becomes two of 16, neighbours in the last dimension."""
     scratch = torch.empty_like(x)
     for word, shift, multiplier in zip(key, _SHIFTS, _MULTIPLIERS, strict=True):
         x ^= word  # the second in mid-way, else two keys would give one sequence, shifted
         _shift_xor(x, shift, scratch).mul_(_signed(multiplier))
-    halves = _shift_xor(x, _LAST_SHIFT, scratch).view(torch.int16)[start - 2 * first :][:n]
+    return _shift_xor(x, _LAST_SHIFT, scratch).view(torch.int16)
+
+
+def _fractions(halves: Tensor) -> Tensor:
     return halves.float().add_(32768.0).mul_(2.0**-16)
 
 
