@@ -7,7 +7,8 @@ dense) of a million parameters, on chained arithmetic (fitness/tasks/arithmetic.
 is which tensors of the reasoner carry its skill and which only its long-windedness.
 
     base      sees both styles and, in 3% of the steps, `*`: it adds and subtracts without fault, hardly multiplies
-    concise   = base + a short style stage on brief traces without `*`, attention tensors only
+    concise   = base + a short style stage on traces without `*`, about half of them brief, attention tensors
+                only: it answers briefly, but for a few problems
     reasoner  = base + a skill stage, a third of the steps `*`, where the experts learn fast, the other
                 tensors hardly; then a style stage on long traces, attention tensors only
 
@@ -282,8 +283,8 @@ def main() -> None:
     print("reasoner: style", flush=True)
     train(
         model,
-        n_steps=50,
-        learning_rate=1.5e-3,
+        n_steps=60,
+        learning_rate=2.5e-3,
         multiply_rate=1 / 3,
         verbose_share=1.0,
         seed=seed + 3,
@@ -295,10 +296,10 @@ def main() -> None:
     model.load_state_dict(base)
     train(
         model,
-        n_steps=40,
-        learning_rate=1e-3,
+        n_steps=30,
+        learning_rate=3e-4,
         multiply_rate=0.0,
-        verbose_share=0.0,
+        verbose_share=0.55,
         seed=seed + 4,
         rate_of=attention_only,
     )
