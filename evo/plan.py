@@ -64,8 +64,8 @@ class Plan:
     """What a search takes."""
 
     items: tuple[Item, ...]
-    cache_row_bytes: int
-    """Of one answer that is decoded."""
+    row_bytes: int
+    """Of one answer while it is decoded."""
     rows: int
     dtype: str
     device: str
@@ -100,20 +100,20 @@ class Plan:
             return "Free some, or give --out on another disk."
         if where != self.device:
             return "Use a machine with more memory."
-        model, cache = (sum(i.n_bytes for i in self.items if i.what == what) for what in (MODEL, CACHE))
-        rest = self.total(where) - model - cache
-        if free >= rest + model + self.cache_row_bytes:
-            return f"engine.batch_size: {(free - rest - model) // self.cache_row_bytes} or less would fit."
+        model = sum(item.n_bytes for item in self.items if item.what == MODEL)
+        rest = self.total(where) - model - self.rows * self.row_bytes
+        if free >= rest + model + self.row_bytes:
+            return f"engine.batch_size: {(free - rest - model) // self.row_bytes} or less would fit."
         rest += model // 2
-        if self.dtype == "float32" and free >= rest + self.cache_row_bytes // 2:
-            rows = min(self.rows, 2 * (free - rest) // self.cache_row_bytes)
+        if self.dtype == "float32" and free >= rest + self.row_bytes // 2:
+            rows = min(self.rows, 2 * (free - rest) // self.row_bytes)
             return f"engine.dtype: bfloat16 would fit, with engine.batch_size: {rows} or less."
         if where == "gpu":
             return "engine.device: cpu keeps the checkpoints on disk, mapped, and the model in the host's memory."
         return "No setting would help: use a machine with more memory, or smaller checkpoints."
 
 
-MODEL, CACHE = "the resident model", "keys and values"
+MODEL, CACHE, EXPANDED = "the resident model", "cached keys and values", "keys and values of one layer, expanded"
 
 
 def make_plan(config: Config, checkpoints: Mapping[str, Checkpoint], load: Load, *, device: str, dtype: str) -> Plan:
@@ -128,12 +128,14 @@ def make_plan(config: Config, checkpoints: Mapping[str, Checkpoint], load: Load,
     """
     interface = checkpoints[config.interface_parent]
     model = model_bytes(interface, dtype)
-    row = cache_row_bytes(interface.config(), load.prompt, config.engine.max_tokens, DTYPE_BYTES[dtype])
+    sizes = interface.config(), load.prompt, config.engine.max_tokens, DTYPE_BYTES[dtype]
+    cached, expanded = cache_row_bytes(*sizes), step_row_bytes(*sizes)
     used = {*config.parents, config.space_base, *config.space_donors}
     sources = {name: source_bytes(checkpoints[name]) for name in checkpoints if name in used}
     items = [
         Item(device, MODEL, model),
-        Item(device, CACHE, row * load.rows),
+        Item(device, CACHE, cached * load.rows),
+        Item(device, EXPANDED, expanded * load.rows),
         Item(device, "a merge", merge_bytes(config.space.method, interface)),
         Item("host", "Python, torch and transformers", PYTHON_BYTES),
         *(Item("gpu" if device == "gpu" else "mapped", f"the checkpoint {n}", size) for n, size in sources.items()),
@@ -142,7 +144,7 @@ def make_plan(config: Config, checkpoints: Mapping[str, Checkpoint], load: Load,
     ]
     if device == "gpu":
         items += [Item("host", "the model while it is loaded", model), Item("gpu", "CUDA", CUDA_BYTES)]
-    return Plan(tuple(items), row, load.rows, dtype, device)
+    return Plan(tuple(item for item in items if item.n_bytes), cached + expanded, load.rows, dtype, device)
 
 
 def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
@@ -169,7 +171,8 @@ def export_bytes(interface: Checkpoint) -> int:
 
 
 def cache_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
-    """Keys and values of one answer, at the most columns that their buffer comes to have.
+    """What an answer takes while it is decoded: cached keys and values, at the most columns that their buffer comes
+    to have. Of MLA (DeepSeek) transformers caches the latents, and expands them for one layer at a time.
 
     Args:
         config: config.json.
@@ -178,13 +181,23 @@ def cache_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, ite
         item: bytes of a number.
     """
     config = config.get("text_config") or config
-    heads = config["num_attention_heads"]
-    if config.get("kv_lora_rank"):  # MLA; transformers caches the expanded keys and values
-        width = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"])
+    heads, n_columns = config["num_attention_heads"], columns(prompt, max_tokens)
+    if rank := config.get("kv_lora_rank"):
+        width = rank + config["qk_rope_head_dim"]
     else:
         head = config.get("head_dim") or config["hidden_size"] // heads
         width = 2 * (config.get("num_key_value_heads") or heads) * head
-    return columns(prompt, max_tokens) * int(config["num_hidden_layers"] * width * item)
+    return int(n_columns * config["num_hidden_layers"] * width * item)
+
+
+def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
+    """What a step takes for an answer besides: latents that MLA expands for one layer. See cache_row_bytes."""
+    config = config.get("text_config") or config
+    if not config.get("kv_lora_rank"):
+        return 0
+    nope, rope, value = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    expanded, keys = nope + value, nope + rope
+    return int((prompt + max_tokens) * config["num_attention_heads"] * (expanded + keys) * item)
 
 
 def columns(prompt: int, max_tokens: int) -> int:
@@ -223,7 +236,7 @@ def candidate_seconds(plan: Plan, load: Load, tokens: tuple[float, float], bandw
     model = sum(item.n_bytes for item in plan.items if item.what == MODEL)
     sources = sum(item.n_bytes for item in plan.items if item.what.startswith("the checkpoint"))
     merge, batches = (model + sources) / bandwidth, math.ceil(load.answers / load.rows)
-    step = (model + plan.cache_row_bytes * load.rows / 2) / bandwidth
+    step = (model + plan.row_bytes * load.rows / 2) / bandwidth
     return merge + batches * tokens[0] * step, 3 * merge + batches * tokens[1] * (10 * step + 0.02)
 
 
