@@ -78,13 +78,13 @@ def plan(
     bandwidth; --calibrate measures the parents and a merge instead.
     """
     with _readable_errors(debug):
-        from evo.calibrate import calibrated, plan_search, rank_table
         from evo.config import load_config
+        from evo.planning.calibrate import calibrated
+        from evo.planning.machine import plan_search, ranks_report
 
         loaded = load_config(config)
-        if ranks:
-            for line in rank_table(loaded, ranks):
-                typer.echo(line)
+        for line in ranks_report(loaded, ranks) if ranks else ():
+            typer.echo(line)
         planned = plan_search(loaded, out=out)
         for line in planned.report(tokens):
             typer.echo(line)
