@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -33,34 +34,42 @@ def part_shape(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:
     return shape if part.row is None else shape[1:]
 
 
-def region_of(layout: str, part: Part, shape: Sequence[int], rank: int, n_ranks: int, n_blocks: int) -> Region | None:
-    """What a rank holds of a part's matrix, or None for nothing.
+@dataclass(frozen=True)
+class Place:
+    """Which ranks hold a part, and how much of it."""
 
-    Tensor-parallel ranks cut what projects up by rows and what projects down by columns, the last share taking the
-    rest, and repeat all else; pipeline stages have runs of blocks; expert-parallel ranks deal out the routed experts
-    in turn, and repeat all else.
+    owner: int | None = None
+    """None: all of them."""
+    cut: int | None = None
+    """The dimension of its matrix that they share; None: each holds all."""
+
+    def region(self, shape: Sequence[int], rank: int, n_ranks: int) -> Region | None:
+        """What a rank holds of a part of this shape, or None for nothing. The last share may be larger."""
+        if self.owner not in (None, rank):
+            return None
+        sizes = matrix_shape(shape)
+        ends = [_share(n, rank, n_ranks) if self.cut == d else slice(0, n) for d, n in enumerate(sizes)]
+        return (ends[0], ends[1]) if all(end.start < end.stop for end in ends) else None
+
+
+def place(layout: str, part: Part, n_ranks: int, n_blocks: int) -> Place:
+    """Where a part goes.
+
+    Tensor-parallel ranks cut what projects up by rows and what projects down by columns, and repeat all else; pipeline
+    stages have runs of blocks; expert-parallel ranks deal out the routed experts in turn, and repeat all else.
 
     Args:
         layout: one of LAYOUTS.
         part: of the model.
-        shape: of the part.
-        rank: from 0.
         n_ranks: how many there are.
         n_blocks: of the model.
     """
-    rows, columns = (slice(0, n) for n in matrix_shape(shape))
     if layout == "tensor":
-        if _BY_ROWS.search(part.tensor):
-            rows = _share(rows.stop, rank, n_ranks)
-        elif _BY_COLUMNS.search(part.tensor):
-            columns = _share(columns.stop, rank, n_ranks)
-        return None if rows.start == rows.stop or columns.start == columns.stop else (rows, columns)
-    if layout == "pipeline":
-        last = 0 if part.role is Role.EMBEDDING else n_ranks - 1
-        owner = last if part.block is None else part.block * n_ranks // n_blocks
-    else:
-        owner = rank if part.expert is None else part.expert % n_ranks
-    return (rows, columns) if owner == rank else None
+        return Place(cut=0 if _BY_ROWS.search(part.tensor) else 1 if _BY_COLUMNS.search(part.tensor) else None)
+    if layout == "expert":
+        return Place(None if part.expert is None else part.expert % n_ranks)
+    outside = 0 if part.role is Role.EMBEDDING else n_ranks - 1
+    return Place(outside if part.block is None else part.block * n_ranks // n_blocks)
 
 
 def _share(n: int, rank: int, n_ranks: int) -> slice:
@@ -82,7 +91,7 @@ def slots_of(
     found: dict[str, list[Shard]] = {}
     for part in own_parts(checkpoint):
         shape = part_shape(checkpoint, part)
-        if region := region_of(layout, part, shape, rank, n_ranks, checkpoint.layout.n_blocks):
+        if region := place(layout, part, n_ranks, checkpoint.layout.n_blocks).region(shape, rank, n_ranks):
             slot = new(part.tensor, cut_shape(shape, region))
             found.setdefault(part.tensor, []).append(Shard(slot, *region, expert=part.row))
     return found

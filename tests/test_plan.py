@@ -2,27 +2,32 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from evo.calibrate import extrapolated, plan_search, search_seconds
+from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint
+from evo.config import Budget
 from evo.encodings import TensorHeader
-from evo.plan import (
-    Load,
-    PlanError,
-    cache_row_bytes,
-    columns,
-    export_bytes,
-    make_plan,
-    model_bytes,
-    shards,
-    source_bytes,
-)
+from evo.materializer import Materializer
+from evo.parallel import LAYOUTS
+from evo.planning.calibrate import CalibrationError, calibrated, extrapolated, measure
+from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes, source_bytes
+from evo.planning.machine import plan_search
+from evo.planning.plan import Load, PlanError, Settings, check, make_plan
+from evo.planning.ranks import Share, rank_table, shares
+from evo.planning.times import search_seconds
+from evo.types import Evaluation, Status
 from fitness.engines.columns import Columns
+from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import CHIMERA, make_checkpoint
+from tests.encoding import to_fp8
+from tests.ranks import slots_of
 from tests.synthetic import config_of
 
 HIDDEN, WIDTH, N_EXPERTS, N_LAYERS, N_DENSE, VOCABULARY = 7168, 2048, 256, 61, 3, 129280
@@ -72,34 +77,49 @@ def deepseek(tmp_path_factory):
     return Checkpoint(folder, dict.fromkeys(headers, "model.safetensors"), headers)
 
 
-def test_the_671b_pair_on_16_ranks(deepseek):
-    assert model_bytes(deepseek, "bfloat16") == 2 * 671_026_419_200  # as the paper's table counts it
-    found = {shard.layout: shard for shard in shards([deepseek, deepseek], "bfloat16", 16)}
-    matrices = sum(math.prod(e.shape) for e in deepseek.entries.values() if len(e.shape) > 1)
-    vectors = sum(math.prod(e.shape) for e in deepseek.entries.values() if len(e.shape) == 1)
-    assert found["tensor"].model_bytes == pytest.approx(2 * (matrices / 16 + vectors), rel=1e-6)
+N_MATRICES = 671_026_419_200
+"""Parameters of DeepSeek-V3 without multi-token prediction, as its model card counts them (671B)."""
+
+
+def test_the_671b_pair_on_16_ranks_by_hand(deepseek):
+    assert model_bytes(deepseek, "bfloat16") == 2 * N_MATRICES
     expert = 3 * HIDDEN * WIDTH
-    routed = (N_LAYERS - N_DENSE) * N_EXPERTS * expert
-    assert found["expert"].model_bytes == 2 * (671_026_419_200 - routed) + 2 * routed // 16
-    stored = (N_LAYERS - N_DENSE) * N_EXPERTS // 16 * (expert + 4 * expert // 128**2)
-    assert 0 < found["expert"].source_bytes - 2 * stored < 2 * 20e9
-    block = 2 * N_EXPERTS * expert
-    assert 4 * block < found["pipeline"].model_bytes < 4.1 * block + 2 * VOCABULARY * HIDDEN  # 58 in 16: 4 at most
-    slow, fast = found["tensor"].seconds(1e12), found["tensor"].seconds(2e12)
-    assert slow == 2 * fast == (found["tensor"].model_bytes + found["tensor"].source_bytes) / 1e12
+    stored_expert = expert + 4 * expert // 128**2
+    routed, stored = (one * (N_LAYERS - N_DENSE) * N_EXPERTS for one in (expert, stored_expert))
+    whole = Share(model_bytes(deepseek, "bfloat16"), 2 * source_bytes(deepseek))
+    found = {layout: shares(layout, [deepseek, deepseek], torch.bfloat16, 16) for layout in LAYOUTS}
+    assert set(found["expert"]) == {
+        Share(whole.model - 2 * routed + 2 * routed // 16, whole.sources - 2 * stored + 2 * stored // 16)
+    }
+    assert sum(found["pipeline"], Share(0, 0)) == whole
+    fullest = max(share.model for share in found["pipeline"])
+    assert 4 * 2 * N_EXPERTS * expert < fullest < 4.1 * 2 * N_EXPERTS * expert + 2 * VOCABULARY * HIDDEN  # 4 blocks
+    repeated = N_LAYERS * (1536 * HIDDEN + 576 * HIDDEN + 1536 + 512 + 2 * HIDDEN) + HIDDEN  # q_a, kv_a and norms
+    repeated += (N_LAYERS - N_DENSE) * N_EXPERTS * (HIDDEN + 1)  # routers
+    assert {share.model for share in found["tensor"]} == {2 * ((N_MATRICES - repeated) // 16 + repeated)}
+    assert found["tensor"][0].seconds(1e12) == (found["tensor"][0].model + found["tensor"][0].sources) / 1e12
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 3, 7, 61, 100])
-def test_stages_are_runs_of_blocks_and_the_fullest_is_the_smallest(deepseek, n_ranks):
-    whole = shards([deepseek], "bfloat16", 1)
-    assert {s.model_bytes for s in whole} == {model_bytes(deepseek, "bfloat16")}
-    assert {s.source_bytes for s in whole} == {source_bytes(deepseek)}
-    (stage,) = [s for s in shards([deepseek], "bfloat16", n_ranks) if s.layout == "pipeline"]
-    blocks = {}
-    for part in deepseek.layout.parts:
-        blocks[part.block] = blocks.get(part.block, 0) + 2 * math.prod(deepseek.entries[part.tensor].shape)
-    assert stage.model_bytes >= max(max(blocks.values()), whole[0].model_bytes / n_ranks)
-    assert stage.model_bytes <= whole[0].model_bytes / n_ranks + max(blocks.values())
+def test_a_layout_that_would_cut_blocks_of_fp8_is_said_to_be_none(deepseek):
+    lines = list(rank_table([deepseek], torch.bfloat16, 32, 1e9))
+    (line,) = [line for line in lines if "tensor-parallel" in line]
+    assert "cannot be" in line and "multiples of 128 rows" in line  # 2048 / 32 is 64
+    assert sum("pipeline-parallel" in line for line in lines) > 1 and sum("expert-parallel" in line for line in lines)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_shares_are_what_a_rank_really_holds(moe_parents, layout, fp8, tmp_path):
+    parents = {n: to_fp8(p, tmp_path / n, (8, 8)) if fp8 else p for n, p in moe_parents.items()}
+    sources = {name: Source(str(path)) for name, path in parents.items()}
+    recipe = Recipe(sources, "base", "a", (Rule("linear", {"a": 0.3, "b": 0.4}),)).to_dict()
+    checkpoints = open_checkpoints(parents)
+    for rank, share in enumerate(shares(layout, list(checkpoints.values()), torch.bfloat16, 2)):
+        slots, tensors = slots_of(layout, checkpoints["a"], rank, 2)
+        materializer = Materializer(open_checkpoints(parents), slots, partial=True)
+        materializer.write(recipe)
+        assert share.model == sum(2 * tensor.numel() for tensor in tensors.values())
+        assert share.sources == sum(held.nbytes for held in materializer._resident.values())
 
 
 @pytest.mark.parametrize("config", ["llama", "llama_tied", "qwen3_moe", "deepseek_v3"])
@@ -109,7 +129,9 @@ def test_bytes_are_those_of_the_real_model_cache_and_files(tmp_path, config):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     resident = sum(t.nbytes for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
     assert model_bytes(checkpoint, "bfloat16") == pytest.approx(resident, rel=0.01)  # a float32 bias in DeepSeek's
-    assert export_bytes(checkpoint) == sum(checkpoint.tensor(name).nbytes for name in checkpoint.headers)
+    weights = sum(checkpoint.tensor(name).nbytes for name in checkpoint.headers)
+    files = {f for f in folder.iterdir() if "safetensors" not in f.name}
+    assert export_bytes(checkpoint) == weights + sum(f.stat().st_size for f in files)
     prompt, answer, rows = 5, 64, 3
     cache = Columns(rows)
     cache.join(rows, prompt)
@@ -131,42 +153,90 @@ def test_columns_by_hand():
 
 @pytest.fixture
 def chimera():
-    return config_of({name: CHIMERA / name for name in ("reasoner", "concise", "base")}, engine=ENGINE)
+    engine = {"dtype": "float32", "device": "cpu", "batch_size": 32, "max_tokens": 110}
+    return config_of({name: CHIMERA / name for name in ("reasoner", "concise", "base")}, engine=engine)
 
 
-ENGINE = {"dtype": "float32", "device": "cpu", "batch_size": 32, "max_tokens": 110}
+@pytest.fixture
+def plan_of(chimera):
+    load = Load(prompt=10, answers=200, evaluations=1000)
+    return partial(make_plan, chimera, open_checkpoints(chimera.sources), load, python_bytes=10**8)
 
 
-def test_what_cannot_fit_is_refused_with_the_setting_that_helps(chimera, tmp_path):
-    planned = plan_search(chimera, out=tmp_path)
-    need, row = planned.plan.total("host"), planned.plan.row_bytes
-    with pytest.raises(PlanError, match=r"^host: expected at most .* engine.batch_size: 29 or less would fit"):
-        plan_search(chimera, out=tmp_path, free={"host": need - 3 * row})
-    assert plan_search(chimera, out=tmp_path, free={"host": need})
-    with pytest.raises(PlanError, match=r"engine.dtype: bfloat16 would fit, with engine.batch_size: \d+ or less"):
-        plan_search(chimera, out=tmp_path, free={"host": need - 32 * row})
-    with pytest.raises(PlanError, match="No setting would help: use a machine with more memory"):
+def test_what_cannot_fit_is_refused_with_the_setting_that_helps(plan_of):
+    asked = Settings("host", "float32", rows=100)
+    plan = plan_of(asked)
+    need = plan.total("host")
+    assert check(plan_of, asked, {"host": need}) == plan
+    with pytest.raises(PlanError, match=r"^host: expected at most .*\nengine.batch_size: 64 would fit"):
+        check(plan_of, asked, {"host": need - 1})
+    with pytest.raises(PlanError, match=r"\nengine.batch_size: 64 would fit"):
+        check(plan_of, asked, {"host": need - 36 * plan.row})
+    with pytest.raises(PlanError, match=r"\nengine.batch_size: 32 would fit"):
+        check(plan_of, asked, {"host": need - 36 * plan.row - 1})
+    one = plan_of(replace(asked, rows=1)).total("host")
+    with pytest.raises(PlanError, match=r"\nengine.dtype: bfloat16 with engine.batch_size: \d+ would fit"):
+        check(plan_of, asked, {"host": one - 1})
+    with pytest.raises(PlanError, match=r"\nNo setting would help: use a machine with more memory"):
+        check(plan_of, asked, {"host": 10**8})
+    with pytest.raises(PlanError, match=r"^disk: expected at most 1\.0 MB.*\nFree some of the disk"):
+        check(plan_of, asked, {"host": need, "disk": 10**6})
+
+
+def test_on_a_gpu_sources_stay_beside_the_model_and_on_a_cpu_they_are_mapped(plan_of, chimera):
+    gpu, host = (plan_of(Settings(where, "bfloat16", 4)) for where in ("gpu", "host"))
+    checkpoints = open_checkpoints(chimera.sources)
+    two = 2 * source_bytes(checkpoints["concise"])  # linear does not read the ancestor
+    assert host.total("gpu") == gpu.total("mapped") == 0 and host.total("mapped") == two
+    assert gpu.total("gpu") == model_bytes(checkpoints["base"], "bfloat16") + two + 4 * gpu.row + (512 + 8) * 2**20
+    with pytest.raises(PlanError, match=r"\nengine.device: cpu would fit"):
+        check(plan_of, Settings("gpu", "bfloat16", 1), {"gpu": two, "host": 10**9})
+
+
+def test_a_plan_of_this_machine(chimera, tmp_path):
+    planned = plan_search(chimera, out=tmp_path / "not" / "there")
+    assert planned.plan.fits(planned.free) and planned.settings == Settings("host", "float32", 32)
+    lines = list(planned.report(tokens=None))
+    assert any("the resident model" in line for line in lines) and "--calibrate" in "".join(lines)
+    with pytest.raises(PlanError):
         plan_search(chimera, out=tmp_path, free={"host": 10**6})
-    with pytest.raises(PlanError, match=r"disk: expected at most 1\.0 MB"):
-        plan_search(chimera, out=tmp_path, free={"host": need, "disk": 10**6})
 
 
-def test_on_a_gpu_sources_stay_beside_the_model(chimera):
-    checkpoints = {name: Checkpoint.open(path) for name, path in chimera.sources.items()}
-    load = Load(prompt=10, rows=4, answers=4)
-    gpu = make_plan(chimera, checkpoints, load, device="gpu", dtype="bfloat16")
-    host = make_plan(chimera, checkpoints, load, device="host", dtype="bfloat16")
-    two = 2 * export_bytes(checkpoints["concise"])  # linear does not read the ancestor
-    assert host.total("gpu") == 0 and host.total("mapped") == two
-    assert gpu.total("gpu") - 512 * 2**20 == model_bytes(checkpoints["base"], "bfloat16") + two + 8 * 2**20 + sum(
-        item.n_bytes for item in gpu.items if "keys and values" in item.what
-    )
+class Machine:
+    """A worker that takes 2 s a candidate and 0.5 s a problem, and counts what it has spent."""
+
+    spent = 0.0
+
+    def evaluate(self, candidate, split, n):
+        self.spent += 2.0 + 0.5 * n
+        return Evaluation(0, Status.DONE, 2.0 + 0.5 * n, score=SimpleNamespace(n_generated=10 * n))
 
 
-def test_times_extrapolate_along_a_line_and_to_the_nearest_limit(chimera):
+@pytest.mark.parametrize("limit", [30.0, 300.0, 10_000.0])
+def test_a_trial_keeps_to_its_time_and_finds_the_line(limit):
+    machine = Machine()
+    assert measure(machine, None, 1000, limit) == pytest.approx((502.0, 10_000.0))
+    assert machine.spent <= limit
+
+
+def test_a_model_that_cannot_be_tried_is_an_error():
+    failed = SimpleNamespace(evaluate=lambda *_: Evaluation(0, Status.FAILED, 1.0, detail={"reason": "NaN"}))
+    with pytest.raises(CalibrationError, match="m cannot be scored: NaN"):
+        measure(failed, SimpleNamespace(name="m"), 10, 10.0)
+
+
+def test_calibration_tries_the_parents_and_a_merge(chimera, tmp_path):
+    task = chimera.task.model_copy(update={"search": 8, "held_out": 8, "reserve": 8})
+    planned = plan_search(chimera.model_copy(update={"task": task}), out=tmp_path)
+    lines = list(calibrated(planned, seconds=1.0))
+    assert [line.split(":")[0] for line in lines] == [
+        "reasoner", "concise", "a merge", "the search", "the held-out scores",
+    ]  # fmt: skip
+
+
+def test_times_extrapolate_along_a_line_and_to_the_nearest_limit():
     assert extrapolated([(4, 3.0, 40.0), (8, 4.0, 80.0)], 16) == (6.0, 160.0)
     assert extrapolated([(4, 3.0, 40.0), (8, 2.0, 80.0)], 16) == (2.0, 160.0)  # noise does not make it negative
     budgets = {"candidates": 100, "tokens": 5000, "hours": 0.01}
     for limits, seconds in ((["candidates"], 200), (["candidates", "tokens"], 100), (list(budgets), 36)):
-        config = chimera.model_copy(update={"budget": type(chimera.budget)(**{k: budgets[k] for k in limits})})
-        assert search_seconds(config, 2.0, 100.0) == pytest.approx(seconds)
+        assert search_seconds(Budget(**{k: budgets[k] for k in limits}), 2.0, 100.0) == pytest.approx(seconds)

@@ -25,7 +25,7 @@ from evo.assemble import (
 from evo.checkpoint import Checkpoint
 from evo.config import Config, component_options
 from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, model_bytes
-from evo.planning.plan import Load, Plan, Settings, check, make_plan
+from evo.planning.plan import Load, Plan, Settings, check, make_plan, used_sources
 from evo.planning.ranks import rank_table
 from evo.planning.times import candidate_seconds, search_seconds, size, span
 from fitness.engines import ENGINES
@@ -112,7 +112,8 @@ def ranks_report(config: Config, n_ranks: int) -> Iterator[str]:
     """Lines of a table of what each of `n_ranks` processes holds; seconds are at this machine's bandwidth."""
     options = component_options(config.engine, ENGINES)
     dtype = getattr(torch, options.get("dtype", "bfloat16"))
-    yield from rank_table(list(open_sources(config).values()), dtype, n_ranks, copy_bandwidth(device_of(options)))
+    sources = list(used_sources(config, open_sources(config)).values())
+    yield from rank_table(sources, dtype, n_ranks, copy_bandwidth(device_of(options)))
 
 
 def device_of(options: dict[str, Any]) -> torch.device:

@@ -143,9 +143,16 @@ def make_plan(
 
 def source_items(config: Config, checkpoints: Mapping[str, Checkpoint], device: str) -> list[Item]:
     """Where what is merged is kept: beside the model on a GPU, mapped on a CPU."""
-    used = {*config.parents, config.space_base, *config.space_donors}
     where = "gpu" if device == "gpu" else "mapped"
-    return [Item(where, f"the checkpoint {name}", source_bytes(c)) for name, c in checkpoints.items() if name in used]
+    return [
+        Item(where, f"the checkpoint {name}", source_bytes(c)) for name, c in used_sources(config, checkpoints).items()
+    ]
+
+
+def used_sources(config: Config, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Those that a search reads: not an ancestor that its method does not start from."""
+    used = {*config.parents, config.space_base, *config.space_donors}
+    return {name: checkpoint for name, checkpoint in checkpoints.items() if name in used}
 
 
 def run_bytes(config: Config, load: Load) -> int:

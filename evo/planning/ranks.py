@@ -11,7 +11,7 @@ import torch
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.encodings import TensorHeader
 from evo.merge.blocks import Region, cut_shape
-from evo.parallel import LAYOUTS, own_parts, part_shape, region_of
+from evo.parallel import LAYOUTS, own_parts, part_shape, place
 from evo.planning.footprint import header_bytes
 from evo.planning.times import size, span
 from evo.shards import Shard, targets_of
@@ -30,28 +30,31 @@ class Share:
     def __add__(self, other: Share) -> Share:
         return Share(self.model + other.model, self.sources + other.sources)
 
+    def __mul__(self, n: int) -> Share:
+        return Share(self.model * n, self.sources * n)
+
     def seconds(self, bandwidth: float) -> float:
         """To merge a candidate: every source is read and the model written, at bytes a second."""
         return (self.model + self.sources) / bandwidth
 
 
 def shares(layout: str, sources: Sequence[Checkpoint], dtype: torch.dtype, n_ranks: int) -> list[Share]:
-    """What each rank holds; parts that are alike (experts, blocks) are cut once.
+    """What each rank holds. Of parts that are alike and go to the same place, such as experts, one is looked at.
 
     Raises:
         CheckpointError: if a shard cannot be cut out of what is stored.
     """
-    first, totals, known = sources[0], [Share(0, 0)] * n_ranks, dict[object, Share]()
+    first, totals = sources[0], [Share(0, 0)] * n_ranks
+    alike: dict[tuple[object, ...], list[Part]] = {}
     for part in own_parts(first):
-        shape = part_shape(first, part)
-        alike = shape, *(tuple(_headers(source, part)) for source in sources)
+        headers = tuple(header for source in sources for header in _headers(source, part))
+        where = place(layout, part, n_ranks, first.layout.n_blocks)
+        alike.setdefault((where, part_shape(first, part), headers), []).append(part)
+    for part, *more in alike.values():
+        where, shape = place(layout, part, n_ranks, first.layout.n_blocks), part_shape(first, part)
         for rank in range(n_ranks):
-            if (region := region_of(layout, part, shape, rank, n_ranks, first.layout.n_blocks)) is None:
-                continue
-            key = alike, *((cut.start, cut.stop) for cut in region)
-            if key not in known:
-                known[key] = _share(part, sources, region, dtype)
-            totals[rank] += known[key]
+            if region := where.region(shape, rank, n_ranks):
+                totals[rank] += _share(part, sources, region, dtype) * (1 + len(more))
     return totals
 
 
