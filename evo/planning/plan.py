@@ -5,6 +5,7 @@ Pure arithmetic over footprint.py: nothing is loaded, and what the machine has i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -177,15 +178,14 @@ def check(plan_of: Callable[[Settings], Plan], settings: Settings, free: Mapping
     plan = plan_of(settings)
     if plan.fits(free):
         return plan
-    problems = [_misfit(plan, where, n) for where, n in free.items() if plan.total(where) > n]
-    helps = next((text for text, other in settings.others() if plan_of(other).fits(free)), None)
-    if helps:
-        remedy = f"{helps} would fit."
-    elif plan.total("disk") > free.get("disk", plan.total("disk")):
-        remedy = "Free some of the disk, or give --out on another one."
-    else:
-        remedy = "No setting would help: use a machine with more memory, or smaller checkpoints."
-    raise PlanError("\n".join([*problems, remedy]))
+    lines = [_misfit(plan, where, n) for where, n in free.items() if plan.total(where) > n]
+    memory = {where: n for where, n in free.items() if where != "disk"}
+    if not plan.fits(memory):
+        helps = (f"{text} would fit." for text, other in settings.others() if plan_of(other).fits(memory))
+        lines.append(next(helps, "No setting would help: use a machine with more memory, or smaller checkpoints."))
+    if plan.total("disk") > free.get("disk", math.inf):
+        lines.append("Free some of the disk, or give --out on another one.")
+    raise PlanError("\n".join(lines))
 
 
 def _misfit(plan: Plan, where: str, free: int) -> str:
