@@ -60,6 +60,39 @@ def run(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What would be searched.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the run's files would go.")] = Path(),
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Also: bytes and seconds of each of so many processes, by layout.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Mean tokens of an answer, if you know.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Load the model and measure for at most two minutes.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict memory, disk and time of a search before anything is loaded, and refuse what cannot fit.
+
+    Reads the headers of the checkpoints, the tokenizer and the problems. Times are a range from the memory's
+    bandwidth; --calibrate measures the parents and a merge instead.
+    """
+    with _readable_errors(debug):
+        from evo.config import load_config
+        from evo.planning.calibrate import calibrated
+        from evo.planning.machine import plan_search, ranks_report
+
+        loaded = load_config(config)
+        for line in ranks_report(loaded, ranks) if ranks else ():
+            typer.echo(line)
+        planned = plan_search(loaded, out=out)
+        for line in planned.report(tokens):
+            typer.echo(line)
+        for line in calibrated(planned) if calibrate else ():
+            typer.echo(line)
+
+
+@app.command()
 def front(
     run_dir: RunDir,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: front, parents, baselines.")] = False,

@@ -47,12 +47,18 @@ class Worker:
         """Of the engine; None while an automatic choice has not been made."""
         return self._engine.batch_size
 
-    def evaluate(self, candidate: Candidate, split: Split) -> Evaluation:
-        """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it."""
+    def evaluate(self, candidate: Candidate, split: Split, limit: int | None = None) -> Evaluation:
+        """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it.
+
+        Args:
+            candidate: what to evaluate.
+            split: whose problems.
+            limit: the first so many of them; None for all.
+        """
         start = time.perf_counter()
         try:
             report = self._engine.update(candidate.recipe.to_dict())
-            problems = self._problems_of(split)
+            problems = self._problems_of(split)[:limit]
             generate_start = time.perf_counter()
             score, completions = self._evaluator.evaluate(problems)
         except Exception as error:  # whatever a merge can do to a model ends here, not the run

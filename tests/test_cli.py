@@ -161,7 +161,7 @@ def test_a_bad_config_is_told_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["front"], ["export"], ["merge"], ["eval"], ["status"], ["stop"], ["sync"]]
+    "command", [[], ["run"], ["plan"], ["front"], ["export"], ["merge"], ["eval"], ["status"], ["stop"], ["sync"]]
 )
 def test_help_is_worth_reading(command):
     result = mergefront(*command, "--help")

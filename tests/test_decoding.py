@@ -1,5 +1,7 @@
 """Refill, sampling, stop strings and memory, against model.generate and formulas."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,19 @@ def test_a_model_that_cannot_be_refilled_is_decoded_batch_by_batch(tmp_path, mon
     engine = TransformersEngine(str(path), dtype="float32", device="cpu", batch_size=4)
     completions = engine.generate(PROMPTS, max_tokens=40)
     assert [list(c.token_ids) for c in completions] == [reference_ids(path, p, 40)[1] for p in PROMPTS]
+
+
+def test_the_cache_is_gone_when_generate_returns(tmp_path):
+    """Without waiting for Python to look for cycles: the next one may not fit beside it."""
+    path = make_checkpoint(tmp_path / "m", "llama", 5, dtype=torch.float32, shard="1GB")
+    engine = TransformersEngine(str(path), dtype="float32", device="cpu", batch_size=4)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.generate(PROMPTS, max_tokens=4)
+        assert not [found for found in gc.get_objects() if type(found) is Columns]
+    finally:
+        gc.enable()
 
 
 @given(st.data())

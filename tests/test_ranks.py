@@ -12,13 +12,13 @@ from evo.materializer import Materializer
 from evo.merge import apply
 from evo.merge.kernels import find_compiler
 from evo.merge.noise import uniforms, uniforms_of_rows
+from evo.parallel import LAYOUTS
 from evo.shards import Shard
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.encoding import to_fp8
 from tests.packing import pack
 from tests.ranks import run_rank, slots_of
 
-KINDS = ["tensor", "pipeline", "expert"]
 RULES = {
     "linear": Rule("linear", {"a": 0.3, "b": 0.4}),
     "ties": Rule("ties", {"a": 0.7, "b": 0.5}, knobs={"density": 0.3}),
@@ -57,7 +57,7 @@ def test_the_union_of_the_ranks_is_the_unsharded_merge(moe_parents, n, tmp_path)
     recipes = recipes_of(moe_parents)
     plain = {name: recipe.to_dict() for name, recipe in recipes.items()}
     context, sources = multiprocessing.get_context("spawn"), {k: str(p) for k, p in moe_parents.items()}
-    arguments = (n, sources, plain, KINDS, str(tmp_path))
+    arguments = (n, sources, plain, LAYOUTS, str(tmp_path))
     ranks = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(n)]
     for rank in ranks:
         rank.start()
@@ -70,12 +70,12 @@ def test_the_union_of_the_ranks_is_the_unsharded_merge(moe_parents, n, tmp_path)
             dict(Materializer(open_checkpoints(moe_parents)).stream(recipe)),
         )
         assert all(torch.equal(expected[tensor], streamed[tensor]) for tensor in expected)
-        for kind in KINDS:
+        for kind in LAYOUTS:
             files = [load_file(tmp_path / f"{kind}-{name}-{rank}.safetensors") for rank in range(n)]
             assert_union([item for file in files for item in file.items()], expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_rank_reads_and_holds_no_more_than_its_own(moe_parents, kind, monkeypatch):
     read, tensor = [], Checkpoint.tensor
 

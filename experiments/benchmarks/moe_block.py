@@ -58,7 +58,8 @@ def index() -> Iterator[tuple[str, Shape, int]]:
         yield f"{attention}.o_proj.weight", (HIDDEN, 128 * 128), 1
         mlp, width = f"model.layers.{layer}.mlp", 18432 if layer < N_DENSE else WIDTH
         for name in ("gate", "up", "down"):
-            yield f"{mlp}.{'' if layer < N_DENSE else 'shared_experts.'}{name}_proj.weight", (width, HIDDEN), 1
+            shape = (HIDDEN, width) if name == "down" else (width, HIDDEN)
+            yield f"{mlp}.{'' if layer < N_DENSE else 'shared_experts.'}{name}_proj.weight", shape, 1
         if layer >= N_DENSE:
             yield f"{mlp}.gate.weight", (N_EXPERTS, HIDDEN), 2
             yield from ((name, shape, 1) for name, shape in experts(layer, N_EXPERTS))

@@ -10,6 +10,7 @@ Shapes: B rows, H heads, C columns, D head size. Knows nothing of tokens.
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,9 @@ class Columns(Cache):  # type: ignore[misc]  # transformers has no types
         """Rows that the coming forward pass is about."""
         self.past = 0
         """Columns that the coming forward pass sees besides those it adds."""
-        super().__init__(layer_class_to_replicate=partial(_Layer, self))
+        # Were layers to own what owns them, their gigabytes would stay until Python looks for cycles.
+        weak: Any = weakref.proxy(self)
+        super().__init__(layer_class_to_replicate=partial(_Layer, weak))
 
     def join(self, n_rows: int, width: int) -> None:
         """Make ready for a forward pass over the prompts of new rows, left-padded to `width` columns."""

@@ -25,6 +25,15 @@ def free_bytes(device: torch.device) -> int:
         return 4 * 2**30
 
 
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind; 0 where that cannot be told."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["RssAnon"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return 0
+
+
 def rows_that_fit(row_bytes: int, n_free: int, device: torch.device) -> int:
     """The largest power of two of rows of so many bytes that fits, and at least 1."""
     n = int(SHARE.get(device.type, 0.5) * n_free / (BUFFER_FACTOR * row_bytes))

@@ -121,13 +121,7 @@ class TransformersEngine:
         return [self._completion(ids, max_tokens) for ids in written]
 
     def _encode(self, prompt: str) -> list[int]:
-        """Token ids of a user message, through the chat template where the tokenizer has one."""
-        if self._tokenizer.chat_template is None:
-            text = "\n\n".join([message["content"] for message in self._messages] + [prompt])
-            return list(self._tokenizer(text)["input_ids"])
-        messages = [*self._messages, {"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._chat)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
+        return encode(self._tokenizer, [*self._messages, {"role": "user", "content": prompt}], self._chat)
 
     def _room(self, encoded: Sequence[Sequence[int]], max_tokens: int) -> int:
         """Tokens that a prompt and its completion may have together."""
@@ -174,6 +168,24 @@ class TransformersEngine:
             return len(ids) - ids[::-1].index(self._end_of_thought) if self._end_of_thought in ids else 0
         thought, tag, _ = text.rpartition("</think>")
         return len(self._tokenizer(thought + tag, add_special_tokens=False)["input_ids"]) if tag else 0
+
+
+def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat: Mapping[str, Any]) -> list[int]:
+    """Token ids of a conversation, through the chat template where the tokenizer has one."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
+
+
+def longest_prompt(
+    checkpoint: str, prompts: Sequence[str], *, system: str | None = None, chat: Mapping[str, Any] | None = None
+) -> int:
+    """Tokens of the longest prompt. Loads the tokenizer alone."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    before = [{"role": "system", "content": system}] if system else []
+    asked = ([*before, {"role": "user", "content": prompt}] for prompt in prompts)
+    return max((len(encode(tokenizer, messages, chat or {})) for messages in asked), default=0)
 
 
 def load_model(checkpoint: str, dtype: torch.dtype, **options: Any) -> Any:

@@ -1,0 +1,110 @@
+"""Bytes of what a search holds, from the headers of its checkpoints and config.json alone.
+
+Knows how the default engine keeps its cache (fitness.engines.columns).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from evo.checkpoint import INTERFACE_FILES, Checkpoint
+from evo.encodings import TensorHeader
+from evo.encodings.mxfp4 import Mxfp4
+from evo.merge import get_method
+from evo.parallel import own_parts, part_shape
+from fitness.engines.columns import SPARE_COLUMNS
+
+MIB = 1 << 20
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+}  # fmt: skip
+MERGE_BYTES = 8 * MIB
+"""Blocks of a merge that measures nothing (experiments/benchmarks)."""
+LOGIT_BYTES = 16
+"""Of a token of the vocabulary while the next one is drawn: float32 logits and chances, float64 sums of them."""
+
+
+def header_bytes(header: TensorHeader) -> int:
+    """Of a tensor of a file."""
+    return math.prod(header.shape) * ITEM_BYTES.get(header.dtype, 1)
+
+
+def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Of the resident model: every scored tensor, in the engine's dtype; a tied head is the embedding."""
+    return DTYPE_BYTES[dtype] * sum(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint))
+
+
+def source_bytes(checkpoint: Checkpoint) -> int:
+    """Of the tensors of its own files that merges read."""
+    own = {piece for entry in checkpoint.scored.values() for piece in entry.pieces} & checkpoint.headers.keys()
+    return sum(header_bytes(checkpoint.headers[piece]) for piece in own or checkpoint.headers)  # adapters: all
+
+
+def export_bytes(interface: Checkpoint) -> int:
+    """Of an export: its tensors as they are stored (MXFP4 becomes bfloat16), tokenizer and configs."""
+    files = [interface.path / name for name in INTERFACE_FILES]
+    return sum(file.stat().st_size for file in files if file.is_file()) + sum(
+        2 * math.prod(entry.shape)
+        if isinstance(entry.encoding, Mxfp4)
+        else sum(header_bytes(interface.headers[piece]) for piece in entry.pieces)
+        for entry in interface.entries.values()
+    )
+
+
+def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
+    """Beyond model and sources. Methods that measure whole parts hold up to two of the largest in float32."""
+    if get_method(method).measure is None:
+        return MERGE_BYTES
+    return 8 * max(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint)) + MERGE_BYTES
+
+
+def cache_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
+    """Cached keys and values of one answer, in as many columns as their buffer comes to have. Of MLA (DeepSeek)
+    transformers caches the latents.
+
+    Args:
+        config: config.json.
+        prompt: tokens of the longest prompt.
+        max_tokens: of an answer.
+        item: bytes of a number.
+    """
+    config = config.get("text_config") or config
+    if rank := config.get("kv_lora_rank"):
+        width = rank + config["qk_rope_head_dim"]
+    else:
+        heads, head = _heads(config)
+        width = 2 * (config.get("num_key_value_heads") or heads) * head
+    return int(columns(prompt, max_tokens) * config["num_hidden_layers"] * width * item)
+
+
+def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
+    """What a forward pass takes for one answer, at its worst: a layer's activations over the prompt, or its keys and
+    values made out for every head (of MLA's latents, or of heads that share them), and the logits. See cache_row_bytes.
+    """
+    config = config.get("text_config") or config
+    heads, head = _heads(config)
+    expanded = 2 * head if (config.get("num_key_value_heads") or heads) != heads else 0
+    if config.get("kv_lora_rank"):
+        nope, rope, value = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        expanded = nope + value + nope + rope  # latents times kv_b, and keys joined from two
+    experts = (config.get("moe_intermediate_size") or 0) * (config.get("num_experts_per_tok") or 1)
+    wide = max(config.get("intermediate_size") or 0, experts)
+    prefill, step = prompt * (4 * config["hidden_size"] + 3 * wide), (prompt + max_tokens) * heads * expanded
+    return int(max(prefill, step) * item + LOGIT_BYTES * config["vocab_size"])
+
+
+def columns(prompt: int, max_tokens: int) -> int:
+    """Of the cache's buffer once the longest answer is in it: it grows by half of what is in use."""
+    n = prompt + SPARE_COLUMNS
+    while n < prompt + max_tokens:
+        n += max(SPARE_COLUMNS, n // 2)
+    return n
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """How many there are, and the size of one."""
+    heads = config["num_attention_heads"]
+    return heads, config.get("head_dim") or config["hidden_size"] // heads

@@ -1,0 +1,172 @@
+"""Plans a search on this machine: asks it what is free and how fast it copies. Loads no weights."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evo.assemble import (
+    build_optimizer,
+    build_space,
+    build_task,
+    first_candidates,
+    open_sources,
+    recipe_sources,
+    search_problem,
+)
+from evo.checkpoint import Checkpoint
+from evo.config import Config, component_options
+from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, model_bytes
+from evo.planning.plan import Load, Plan, Settings, check, make_plan, used_sources
+from evo.planning.ranks import rank_table
+from evo.planning.times import candidate_seconds, search_seconds, size, span
+from fitness.engines import ENGINES
+from fitness.engines.memory import anonymous_bytes, free_bytes, rows_that_fit
+from fitness.engines.transformers import longest_prompt
+from fitness.types import Decoding, Split, Task
+
+FRONT_SIZE = 8
+"""Members of a front that are scored on held-out problems, as a guess."""
+CANDIDATES = 1000
+"""As many as a search is taken to evaluate where its budget does not say."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what it was made from."""
+
+    config: Config
+    checkpoints: dict[str, Checkpoint]
+    task: Task
+    load: Load
+    settings: Settings
+    plan: Plan
+    free: dict[str, int]
+    """Bytes, by place."""
+    bandwidth: float
+    """Bytes a second that a copy reads and writes."""
+
+    def report(self, tokens: float | None) -> Iterator[str]:
+        """Lines for a terminal: bytes by place, then seconds.
+
+        Args:
+            tokens: mean tokens of an answer, if somebody knows.
+        """
+        for where in ("gpu", "host", "mapped", "disk"):
+            if items := [item for item in self.plan.items if item.where == where and item.n_bytes]:
+                room = f" of {size(self.free[where])} free" if where in self.free else ", pages that may be dropped"
+                yield f"{where}: {size(self.plan.total(where))}{room}"
+                yield from (f"  {size(item.n_bytes):>12}  {item.what}" for item in items)
+        most, plan, load = self.config.engine.max_tokens, self.plan, self.load
+        low, high = (tokens, tokens) if tokens else (most / 8, float(most))
+        fast, slow = candidate_seconds(
+            plan.model + plan.sources, plan.model, plan.row, self.settings.rows, load.answers, (low, high),
+            self.bandwidth,
+        )  # fmt: skip
+        yield f"a candidate: {span(fast)} to {span(slow)}; --calibrate measures it"
+        yield f"  at {size(self.bandwidth)} a second, and {low:.0f} to {high:.0f} tokens an answer"
+        limits = [search_seconds(self.config.budget, s, t * load.answers) for s, t in ((fast, high), (slow, low))]
+        yield f"the search: {span(min(limits))} to {span(max(limits))}, and the held-out scores"
+
+
+def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None) -> Planned:
+    """Plan a search, without loading its model.
+
+    Args:
+        config: of the search.
+        out: where its files will go, or a folder above.
+        free: bytes by place (gpu, host, disk); default: what this machine has.
+
+    Raises:
+        CheckpointError: if the parents cannot be merged.
+        PlanError: if the search does not fit.
+    """
+    checkpoints, task, options = open_sources(config), build_task(config), component_options(config.engine, ENGINES)
+    device = device_of(options)
+    there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    free = free or {
+        **({"gpu": free_bytes(device)} if device.type == "cuda" else {}),
+        "host": free_bytes(torch.device("cpu")),
+        "disk": shutil.disk_usage(there).free,
+    }
+    interface = checkpoints[config.interface_parent]
+    load, most = _load(config, checkpoints, task, options)
+    where = "gpu" if device.type == "cuda" else "host"
+    settings = Settings(where, options.get("dtype", "bfloat16"), most)
+    room = free.get(where, free_bytes(device))
+    settings = replace(settings, rows=min(most, _batch_size(config, interface, load, options, device, room)))
+    plan_of = partial(make_plan, config, checkpoints, load, python_bytes=anonymous_bytes())
+    plan = check(plan_of, settings, free)
+    return Planned(config, checkpoints, task, load, settings, plan, free, copy_bandwidth(device))
+
+
+def ranks_report(config: Config, n_ranks: int) -> Iterator[str]:
+    """Lines of a table of what each of `n_ranks` processes holds; seconds are at this machine's bandwidth."""
+    options = component_options(config.engine, ENGINES)
+    dtype = getattr(torch, options.get("dtype", "bfloat16"))
+    sources = list(used_sources(config, open_sources(config)).values())
+    yield from rank_table(sources, dtype, n_ranks, copy_bandwidth(device_of(options)))
+
+
+def device_of(options: dict[str, Any]) -> torch.device:
+    """Where the engine would put the model."""
+    asked = options.get("device", "auto")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+
+
+def n_first(config: Config, space: Any) -> int:
+    """Parents and baselines."""
+    return len(first_candidates(config, space, recipe_sources(config, {})))
+
+
+def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, options: dict[str, Any]) -> tuple[Load, int]:
+    """What is generated and written, and the most answers that can be decoded together."""
+    problems = {split: task.problems(split) for split in (Split.SEARCH, Split.HELD_OUT)}
+    prompts = [task.prompt(problem) for found in problems.values() for problem in found]
+    chat = {key: options[key] for key in ("system", "chat") if key in options}
+    prompt = longest_prompt(str(checkpoints[config.interface_parent].path), prompts, **chat)
+    samples = options.get("decoding", Decoding()).samples
+    space = build_space(config, checkpoints)
+    first, n = n_first(config, space), config.budget.candidates or CANDIDATES
+    population = build_optimizer(config, search_problem(config, space)).batch_size
+    load = Load(
+        prompt,
+        answers=samples * len(problems[Split.SEARCH]),
+        evaluations=n + first + FRONT_SIZE,
+        generations=math.ceil(max(0, n - first) / population),
+        genes=len(space.genes),
+    )
+    return load, samples * max(map(len, problems.values()))
+
+
+def _batch_size(
+    config: Config, interface: Checkpoint, load: Load, options: dict[str, Any], device: torch.device, free: int
+) -> int:
+    """What the config says, or what the engine would find."""
+    batch: int | str = options.get("batch_size", 32)
+    if isinstance(batch, int):
+        return batch
+    dtype = options.get("dtype", "bfloat16")
+    row = cache_row_bytes(interface.config(), load.prompt, config.engine.max_tokens, DTYPE_BYTES[dtype])
+    return rows_that_fit(row, free - model_bytes(interface, dtype), device)
+
+
+def copy_bandwidth(device: torch.device, n_bytes: int = 64 << 20) -> float:
+    """Bytes a second that are read and written by a copy: the best of three."""
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n_bytes / best

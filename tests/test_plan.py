@@ -1,0 +1,242 @@
+"""A plan against arithmetic by hand, against real tensors, and on a machine that is too small."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from evo.adapter import open_checkpoints
+from evo.checkpoint import Checkpoint
+from evo.config import Budget
+from evo.encodings import TensorHeader
+from evo.materializer import Materializer
+from evo.parallel import LAYOUTS
+from evo.planning.calibrate import CalibrationError, calibrated, extrapolated, measure
+from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes, source_bytes
+from evo.planning.machine import plan_search
+from evo.planning.plan import Load, PlanError, Settings, check, make_plan
+from evo.planning.ranks import Share, rank_table, shares
+from evo.planning.times import search_seconds
+from evo.types import Evaluation, Status
+from fitness.engines.columns import Columns
+from search_spaces.recipe import Recipe, Rule, Source
+from tests.conftest import CHIMERA, make_checkpoint
+from tests.encoding import to_fp8
+from tests.ranks import slots_of
+from tests.synthetic import config_of
+
+HIDDEN, WIDTH, N_EXPERTS, N_LAYERS, N_DENSE, VOCABULARY = 7168, 2048, 256, 61, 3, 129280
+DEEPSEEK = {
+    "num_hidden_layers": N_LAYERS, "num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "tie_word_embeddings": False,
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory):
+    """DeepSeek-V3 as headers alone: 61 layers, FP8, no multi-token prediction."""
+    folder, headers = tmp_path_factory.mktemp("deepseek"), {}
+
+    def fp8(name, rows, columns):
+        headers[name] = TensorHeader("F8_E4M3", (rows, columns))
+        headers[f"{name}_scale_inv"] = TensorHeader("F32", (math.ceil(rows / 128), math.ceil(columns / 128)))
+
+    def ffn(place, width):
+        fp8(f"{place}.gate_proj.weight", width, HIDDEN)
+        fp8(f"{place}.up_proj.weight", width, HIDDEN)
+        fp8(f"{place}.down_proj.weight", HIDDEN, width)
+
+    headers["model.embed_tokens.weight"] = TensorHeader("BF16", (VOCABULARY, HIDDEN))
+    for layer in range(N_LAYERS):
+        block = f"model.layers.{layer}"
+        fp8(f"{block}.self_attn.q_a_proj.weight", 1536, HIDDEN)
+        fp8(f"{block}.self_attn.q_b_proj.weight", 128 * 192, 1536)
+        fp8(f"{block}.self_attn.kv_a_proj_with_mqa.weight", 576, HIDDEN)
+        fp8(f"{block}.self_attn.kv_b_proj.weight", 128 * 256, 512)
+        fp8(f"{block}.self_attn.o_proj.weight", HIDDEN, 128 * 128)
+        vectors = {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
+        vectors |= {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
+        headers |= {f"{block}.{name}.weight": TensorHeader("BF16", (n,)) for name, n in vectors.items()}
+        if layer < N_DENSE:
+            ffn(f"{block}.mlp", 18432)
+            continue
+        headers[f"{block}.mlp.gate.weight"] = TensorHeader("BF16", (N_EXPERTS, HIDDEN))
+        headers[f"{block}.mlp.gate.e_score_correction_bias"] = TensorHeader("F32", (N_EXPERTS,))
+        ffn(f"{block}.mlp.shared_experts", WIDTH)
+        for expert in range(N_EXPERTS):
+            ffn(f"{block}.mlp.experts.{expert}", WIDTH)
+    headers["model.norm.weight"] = TensorHeader("BF16", (HIDDEN,))
+    headers["lm_head.weight"] = TensorHeader("BF16", (VOCABULARY, HIDDEN))
+    (folder / "config.json").write_text(json.dumps(DEEPSEEK))
+    return Checkpoint(folder, dict.fromkeys(headers, "model.safetensors"), headers)
+
+
+N_MATRICES = 671_026_419_200
+"""Parameters of DeepSeek-V3 without multi-token prediction, as its model card counts them (671B)."""
+
+
+def test_the_671b_pair_on_16_ranks_by_hand(deepseek):
+    assert model_bytes(deepseek, "bfloat16") == 2 * N_MATRICES
+    expert = 3 * HIDDEN * WIDTH
+    stored_expert = expert + 4 * expert // 128**2
+    routed, stored = (one * (N_LAYERS - N_DENSE) * N_EXPERTS for one in (expert, stored_expert))
+    whole = Share(model_bytes(deepseek, "bfloat16"), 2 * source_bytes(deepseek))
+    found = {layout: shares(layout, [deepseek, deepseek], torch.bfloat16, 16) for layout in LAYOUTS}
+    assert set(found["expert"]) == {
+        Share(whole.model - 2 * routed + 2 * routed // 16, whole.sources - 2 * stored + 2 * stored // 16)
+    }
+    assert sum(found["pipeline"], Share(0, 0)) == whole
+    fullest = max(share.model for share in found["pipeline"])
+    assert 4 * 2 * N_EXPERTS * expert < fullest < 4.1 * 2 * N_EXPERTS * expert + 2 * VOCABULARY * HIDDEN  # 4 blocks
+    repeated = N_LAYERS * (1536 * HIDDEN + 576 * HIDDEN + 1536 + 512 + 2 * HIDDEN) + HIDDEN  # q_a, kv_a and norms
+    repeated += (N_LAYERS - N_DENSE) * N_EXPERTS * (HIDDEN + 1)  # routers
+    assert {share.model for share in found["tensor"]} == {2 * ((N_MATRICES - repeated) // 16 + repeated)}
+    assert found["tensor"][0].seconds(1e12) == (found["tensor"][0].model + found["tensor"][0].sources) / 1e12
+
+
+def test_a_layout_that_would_cut_blocks_of_fp8_is_said_to_be_none(deepseek):
+    lines = list(rank_table([deepseek], torch.bfloat16, 32, 1e9))
+    (line,) = [line for line in lines if "tensor-parallel" in line]
+    assert "cannot be" in line and "multiples of 128 rows" in line  # 2048 / 32 is 64
+    assert sum("pipeline-parallel" in line for line in lines) > 1 and sum("expert-parallel" in line for line in lines)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_shares_are_what_a_rank_really_holds(moe_parents, layout, fp8, tmp_path):
+    parents = {n: to_fp8(p, tmp_path / n, (8, 8)) if fp8 else p for n, p in moe_parents.items()}
+    sources = {name: Source(str(path)) for name, path in parents.items()}
+    recipe = Recipe(sources, "base", "a", (Rule("linear", {"a": 0.3, "b": 0.4}),)).to_dict()
+    checkpoints = open_checkpoints(parents)
+    for rank, share in enumerate(shares(layout, list(checkpoints.values()), torch.bfloat16, 2)):
+        slots, tensors = slots_of(layout, checkpoints["a"], rank, 2)
+        materializer = Materializer(open_checkpoints(parents), slots, partial=True)
+        materializer.write(recipe)
+        assert share.model == sum(2 * tensor.numel() for tensor in tensors.values())
+        assert share.sources == sum(held.nbytes for held in materializer._resident.values())
+
+
+@pytest.mark.parametrize("config", ["llama", "llama_tied", "qwen3_moe", "deepseek_v3"])
+def test_bytes_are_those_of_the_real_model_cache_and_files(tmp_path, config):
+    folder = make_checkpoint(tmp_path / "model", config, 0)
+    checkpoint = Checkpoint.open(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    resident = sum(t.nbytes for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
+    assert model_bytes(checkpoint, "bfloat16") == pytest.approx(resident, rel=0.01)  # a float32 bias in DeepSeek's
+    weights = sum(checkpoint.tensor(name).nbytes for name in checkpoint.headers)
+    files = {f for f in folder.iterdir() if "safetensors" not in f.name}
+    assert export_bytes(checkpoint) == weights + sum(f.stat().st_size for f in files)
+    prompt, answer, rows = 5, 64, 3
+    cache = Columns(rows)
+    cache.join(rows, prompt)
+    model(input_ids=torch.ones(rows, prompt, dtype=torch.long), past_key_values=cache, use_cache=True)
+    for n in range(prompt, prompt + answer - 1):
+        cache.step(n)
+        at = torch.full((rows, 1), n)
+        mask = torch.ones(rows, n + 1)
+        model(input_ids=at % 2, position_ids=at, attention_mask=mask, past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert rows * cache_row_bytes(AutoConfig.from_pretrained(folder).to_dict(), prompt, answer, 2) == held
+
+
+def test_columns_by_hand():
+    assert columns(10, 20) == 42  # fits at once
+    assert columns(10, 60) == 42 + 32  # 42, then 32 more, which is more than half of 42
+    assert columns(100, 100) == 132 + 66 + 99  # 132, 198 are less than 200
+
+
+@pytest.fixture
+def chimera():
+    engine = {"dtype": "float32", "device": "cpu", "batch_size": 32, "max_tokens": 110}
+    return config_of({name: CHIMERA / name for name in ("reasoner", "concise", "base")}, engine=engine)
+
+
+@pytest.fixture
+def plan_of(chimera):
+    load = Load(prompt=10, answers=200, evaluations=1000)
+    return partial(make_plan, chimera, open_checkpoints(chimera.sources), load, python_bytes=10**8)
+
+
+def test_what_cannot_fit_is_refused_with_the_setting_that_helps(plan_of):
+    asked = Settings("host", "float32", rows=100)
+    plan = plan_of(asked)
+    need = plan.total("host")
+    assert check(plan_of, asked, {"host": need}) == plan
+    with pytest.raises(PlanError, match=r"^host: expected at most .*\nengine.batch_size: 64 would fit"):
+        check(plan_of, asked, {"host": need - 1})
+    with pytest.raises(PlanError, match=r"\nengine.batch_size: 64 would fit"):
+        check(plan_of, asked, {"host": need - 36 * plan.row})
+    with pytest.raises(PlanError, match=r"\nengine.batch_size: 32 would fit"):
+        check(plan_of, asked, {"host": need - 36 * plan.row - 1})
+    one = plan_of(replace(asked, rows=1)).total("host")
+    with pytest.raises(PlanError, match=r"\nengine.dtype: bfloat16 with engine.batch_size: \d+ would fit"):
+        check(plan_of, asked, {"host": one - 1})
+    with pytest.raises(PlanError, match=r"\nNo setting would help: use a machine with more memory"):
+        check(plan_of, asked, {"host": 10**8})
+    with pytest.raises(PlanError, match=r"^disk: expected at most 1\.0 MB.*\nFree some of the disk"):
+        check(plan_of, asked, {"host": need, "disk": 10**6})
+
+
+def test_on_a_gpu_sources_stay_beside_the_model_and_on_a_cpu_they_are_mapped(plan_of, chimera):
+    gpu, host = (plan_of(Settings(where, "bfloat16", 4)) for where in ("gpu", "host"))
+    checkpoints = open_checkpoints(chimera.sources)
+    two = 2 * source_bytes(checkpoints["concise"])  # linear does not read the ancestor
+    assert host.total("gpu") == gpu.total("mapped") == 0 and host.total("mapped") == two
+    assert gpu.total("gpu") == model_bytes(checkpoints["base"], "bfloat16") + two + 4 * gpu.row + (512 + 8) * 2**20
+    with pytest.raises(PlanError, match=r"\nengine.device: cpu would fit"):
+        check(plan_of, Settings("gpu", "bfloat16", 1), {"gpu": two, "host": 10**9})
+
+
+def test_a_plan_of_this_machine(chimera, tmp_path):
+    planned = plan_search(chimera, out=tmp_path / "not" / "there")
+    assert planned.plan.fits(planned.free) and planned.settings == Settings("host", "float32", 32)
+    lines = list(planned.report(tokens=None))
+    assert any("the resident model" in line for line in lines) and "--calibrate" in "".join(lines)
+    with pytest.raises(PlanError):
+        plan_search(chimera, out=tmp_path, free={"host": 10**6})
+
+
+class Machine:
+    """A worker that takes 2 s a candidate and 0.5 s a problem, and counts what it has spent."""
+
+    spent = 0.0
+
+    def evaluate(self, candidate, split, n):
+        self.spent += 2.0 + 0.5 * n
+        return Evaluation(0, Status.DONE, 2.0 + 0.5 * n, score=SimpleNamespace(n_generated=10 * n))
+
+
+@pytest.mark.parametrize("limit", [30.0, 300.0, 10_000.0])
+def test_a_trial_keeps_to_its_time_and_finds_the_line(limit):
+    machine = Machine()
+    assert measure(machine, None, 1000, limit) == pytest.approx((502.0, 10_000.0))
+    assert machine.spent <= limit
+
+
+def test_a_model_that_cannot_be_tried_is_an_error():
+    failed = SimpleNamespace(evaluate=lambda *_: Evaluation(0, Status.FAILED, 1.0, detail={"reason": "NaN"}))
+    with pytest.raises(CalibrationError, match="m cannot be scored: NaN"):
+        measure(failed, SimpleNamespace(name="m"), 10, 10.0)
+
+
+def test_calibration_tries_the_parents_and_a_merge(chimera, tmp_path):
+    task = chimera.task.model_copy(update={"search": 8, "held_out": 8, "reserve": 8})
+    planned = plan_search(chimera.model_copy(update={"task": task}), out=tmp_path)
+    lines = list(calibrated(planned, seconds=1.0))
+    assert [line.split(":")[0] for line in lines] == [
+        "reasoner", "concise", "a merge", "the search", "the held-out scores",
+    ]  # fmt: skip
+
+
+def test_times_extrapolate_along_a_line_and_to_the_nearest_limit():
+    assert extrapolated([(4, 3.0, 40.0), (8, 4.0, 80.0)], 16) == (6.0, 160.0)
+    assert extrapolated([(4, 3.0, 40.0), (8, 2.0, 80.0)], 16) == (2.0, 160.0)  # noise does not make it negative
+    budgets = {"candidates": 100, "tokens": 5000, "hours": 0.01}
+    for limits, seconds in ((["candidates"], 200), (["candidates", "tokens"], 100), (list(budgets), 36)):
+        assert search_seconds(Budget(**{k: budgets[k] for k in limits}), 2.0, 100.0) == pytest.approx(seconds)
