@@ -38,9 +38,10 @@ class MergeWorker:
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Raises RuntimeError if weights are left that the tensors did not reach."""
         model = self.model_runner.get_model()
-        wanted = {name for name, _ in model.named_parameters()}
-        _forget_kernels(model)
+        names = {name for name, _ in model.named_parameters()}
+        kernels = _forget_kernels(model)
         initialize_layerwise_reload(model)
+        names &= {name for name, _ in model.named_parameters()}  # those that a checkpoint has, too
         try:
             loaded = model.load_weights(weights)
         except BaseException:
@@ -49,7 +50,9 @@ class MergeWorker:
         finally:  # puts back what was not loaded
             finalize_layerwise_reload(model, self.model_runner.model_config)
             _pack_tied_heads(model)
-        missed = sorted(wanted - loaded) if loaded is not None and self.vllm_config.quant_config is None else []
+            for method, kernel in kernels.items():
+                method.moe_kernel = method.moe_kernel or kernel
+        missed = sorted(names - loaded) if loaded is not None and self.vllm_config.quant_config is None else []
         if missed:
             raise RuntimeError(f"vLLM has not loaded {len(missed)} weight(s) of the merge: {', '.join(missed[:5])}")
 
@@ -62,13 +65,19 @@ def _forget_loaded(model: nn.Module) -> None:
         info.load_numel = 0
 
 
-def _forget_kernels(model: nn.Module) -> None:
-    """Make CPU experts be packed again: vLLM 0.32 does that only where it builds their kernel, at the first load."""
-    if current_platform.is_cpu():
-        for layer in model.modules():
-            method: Any = getattr(layer, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
+def _forget_kernels(model: nn.Module) -> dict[Any, Any]:
+    """Make CPU experts be packed again: vLLM 0.32 does that only where it builds their kernel, at the first load.
+
+    Returns:
+        What was forgotten, for layers that are not loaded after all.
+    """
+    if not current_platform.is_cpu():
+        return {}
+    methods = {getattr(layer, "quant_method", None) for layer in model.modules()}
+    kernels = {method: kernel for method in methods if (kernel := getattr(method, "moe_kernel", None)) is not None}
+    for method in kernels:
+        method.moe_kernel = None
+    return kernels
 
 
 def _pack_tied_heads(model: nn.Module) -> None:
