@@ -79,7 +79,7 @@ def _unfused(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iter
                     yield from zip(
                         (f"{experts}.gate_proj.weight", f"{experts}.up_proj.weight"), rows.chunk(2), strict=True
                     )
-        else:
+        elif name in shapes:  # MLA has further ones, made of kv_b_proj
             yield name, tensor[: shapes[name][0]]  # vLLM pads vocabularies
 
 

@@ -151,4 +151,4 @@ def test_a_prompt_without_room_is_one_failed_completion(kind, llama):
         with pytest.raises(ValueError, match=r"context of 256: lower max_tokens"):
             engine.generate(["1" * 200], max_tokens=100)
     assert (completions[0].text, completions[0].n_tokens, completions[0].finish) == ("", 100, Finish.LENGTH)
-    assert completions[1].text
+    assert completions[1].token_ids

@@ -5,12 +5,14 @@ from contextlib import closing
 
 import pytest
 
+from evo.assemble import build_space, open_sources
 from evo.ledger import Ledger
 from evo.search import Search
 from fitness.types import Split
 from tests.conftest import CONFIGS_OF_ENGINES, make_checkpoint
 from tests.engines import OPTIONS, running
 from tests.synthetic import config_of
+from tests.test_engine_contract import export
 
 pytest.importorskip("vllm")
 ENGINE = {"kind": "vllm", "dtype": "float32", "batch_size": 4, "max_tokens": 12, **OPTIONS["vllm"]}
@@ -40,13 +42,16 @@ def test_a_search_scores_merges_and_its_export_says_the_same(parents, tmp_path):
     gc.collect()  # vLLM allows one engine at a time
     with closing(Ledger.open(tmp_path / "run", read_only=True)) as ledger:
         entries = ledger.entries(Split.SEARCH)
+        ask = ledger.asks()[5]
         assert len(entries) == 6 and all(entry.losses is not None for entry in entries)
         assert "not bit-reproducible" in ledger.meta("caveat")
     assert all(row.held_out is not None for row in front.members)
-    search.export("c5", tmp_path / "export")
+    search.export("knee", tmp_path / "export")
     assert "not bit-reproducible" in (tmp_path / "export" / "README.md").read_text()
+    space = build_space(config, open_sources(config))
+    merge = export(ask.recipe_in(lambda: space), parents, tmp_path / "c5")
     samples = next(entry for entry in entries if entry.candidate_id == 5).detail["samples"]
-    with running("vllm", tmp_path / "export") as fresh:
+    with running("vllm", merge) as fresh:
         texts = [c.text for c in fresh.generate([s["question"] for s in samples], max_tokens=12)]
     assert texts == [s["completion"] for s in samples]
 

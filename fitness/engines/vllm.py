@@ -143,6 +143,8 @@ class VllmEngine:
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         except RuntimeError as error:
             if "NaNs detected in logits" in str(error):
+                self._abort()
+                self._llm.collective_rpc("clear_cache")
                 raise FloatingPointError("the model's logits are not finite") from error
             raise
         finally:
@@ -157,7 +159,7 @@ class VllmEngine:
             cuts["temperature"] = 0.0
         return SamplingParams(
             max_tokens=max_tokens,
-            seed=None if self._settings.greedy else seed,
+            seed=None if self._settings.greedy else seed >> 1,  # vLLM's have a sign
             stop=list(self._text.stop),
             stop_token_ids=self._text.stop_ids,
             ignore_eos=True,  # the stop tokens are those above
@@ -181,7 +183,7 @@ def _prepare_environment(batch_invariant: bool) -> bool:
     invariant = bool(batch_invariant and (current_platform.is_cuda() or current_platform.is_xpu()))
     os.environ["VLLM_BATCH_INVARIANT"] = str(int(invariant))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_RAISE_ON_LOGIT_NANS", "1")
+    os.environ["VLLM_RAISE_ON_LOGIT_NANS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     return invariant

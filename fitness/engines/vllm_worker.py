@@ -35,6 +35,12 @@ class MergeWorker:
         with set_current_vllm_config(self.vllm_config):
             return self._merge_writer.feed(recipe, self._load_weights)
 
+    def clear_cache(self) -> None:
+        """Overwrite all cached keys and values: a NaN in a masked place still makes NaN (0 times NaN) of what follows."""
+        for cache in self.model_runner.kv_caches:
+            for tensor in cache if isinstance(cache, list | tuple) else [cache]:
+                tensor.zero_()
+
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Raises RuntimeError if weights are left that the tensors did not reach."""
         model = self.model_runner.get_model()
