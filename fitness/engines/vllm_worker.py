@@ -36,7 +36,7 @@ class MergeWorker:
             return self._merge_writer.feed(recipe, self._load_weights)
 
     def clear_cache(self) -> None:
-        """Overwrite all cached keys and values: a NaN in a masked place still makes NaN (0 times NaN) of what follows."""
+        """Overwrite all cached keys and values: in a masked place a NaN still makes NaN (0 times NaN) of an answer."""
         for cache in self.model_runner.kv_caches:
             for tensor in cache if isinstance(cache, list | tuple) else [cache]:
                 tensor.zero_()
