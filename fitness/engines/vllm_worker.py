@@ -79,7 +79,7 @@ def _forget_kernels(model: nn.Module) -> dict[Any, Any]:
     """
     if not current_platform.is_cpu():
         return {}
-    methods = {getattr(layer, "quant_method", None) for layer in model.modules()}
+    methods: set[Any] = {getattr(layer, "quant_method", None) for layer in model.modules()}
     kernels = {method: kernel for method in methods if (kernel := getattr(method, "moe_kernel", None)) is not None}
     for method in kernels:
         method.moe_kernel = None
