@@ -12,7 +12,7 @@ from search_spaces.recipe import Recipe
 _MAX_RULES = 40
 
 
-def model_card(row: Row, recipe: Recipe, front: Front, config: Config, told: Sequence[str]) -> str:
+def model_card(row: Row, recipe: Recipe, front: Front, config: Config, told: Sequence[str], caveat: str | None) -> str:
     """README.md of an exported checkpoint, in Markdown."""
     return f"""---
 library_name: transformers
@@ -33,7 +33,7 @@ Pareto front of accuracy against output tokens; `recipe.yaml` rebuilds it exactl
 
 The front was chosen on the search split, which flatters its members; the held-out split was never selected on.
 Task: `{config.task.kind}`, at most {config.engine.max_tokens} tokens an answer.
-
+{f"{chr(10)}Note: {caveat}.{chr(10)}" if caveat else ""}
 {recipe_sections(recipe, told)}"""
 
 

@@ -28,7 +28,7 @@ from evo.hub import HubError, locate
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from evo.places import at, line_numbers
-from fitness.engines import ENGINES
+from fitness.engines import ENGINES, what_is_missing
 from fitness.orderliness import Orderliness
 from fitness.tasks import TASKS
 from search_spaces import SPACES
@@ -377,7 +377,9 @@ def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _check_capabilities(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What a component says it `needs` of the engine, and the engine does not have."""
+    """What a component says it `needs` of the engine and the engine does not have, and whether there is an engine."""
+    if missing_package := what_is_missing(config.engine.kind):
+        yield ("engine", "kind"), missing_package
     engines = {name: pkgutil.resolve_name(target).capabilities for name, target in ENGINES.items()}
     for section, table in (("space", SPACES), ("task", TASKS)):
         kind = getattr(config, section).kind

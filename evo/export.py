@@ -85,10 +85,11 @@ def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
         front = read_front(ledger)
         row = front.pick(pick)
         sources = open_sources(config)
+        caveat = ledger.meta("caveat")
         _check_unchanged(config, ledger.meta("digests"))
         recipe = row.ask.recipe_in(lambda: build_space(config, sources, ledger.meta("digests")))
     told = Told.of(recipe, sources)
-    files = {**told.files, "README.md": model_card(row, recipe, front, config, told.lines)}
+    files = {**told.files, "README.md": model_card(row, recipe, front, config, told.lines, caveat)}
     write_checkpoint(recipe, sources, out, files, force=force)
     return told
 

@@ -6,6 +6,7 @@ bookkeeping; here an append costs the same at any length.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from evo.config import Budget
@@ -13,6 +14,8 @@ from evo.front import Front, Row, extended, front_of
 from evo.ledger import Ask, Entry, Ledger
 from evo.types import Candidate, Evaluation
 from fitness.types import Split
+
+log = logging.getLogger("mergefront")
 
 
 class History:
@@ -63,6 +66,12 @@ class History:
         """Remember it for later sittings: text depends on it."""
         if size is not None and self.batch_size is None:
             self._ledger.set_meta("batch_size", size)
+
+    def keep_caveat(self, caveat: str | None) -> None:
+        """Label the run with what readers of its scores have to know, once and for good."""
+        if caveat is not None and self._ledger.meta("caveat") is None:
+            log.warning(caveat)
+            self._ledger.set_meta("caveat", caveat)
 
     @property
     def exhausted(self) -> bool:

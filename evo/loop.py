@@ -165,6 +165,7 @@ class Loop:
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         evaluation = self._worker.evaluate(candidate, split)
         self._history.keep_batch_size(self._worker.batch_size)
+        self._history.keep_caveat(self._worker.caveat)
         return evaluation
 
     def _must_end(self) -> bool:

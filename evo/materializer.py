@@ -128,9 +128,16 @@ class Materializer:
         self._n_compiled = 0
 
     @classmethod
-    def hosted(cls, slots: Slots, sources: Mapping[str, str], *, partial: bool = False) -> Materializer:
+    def hosted(
+        cls,
+        slots: Slots | None,
+        sources: Mapping[str, str],
+        device: torch.device | str = "cpu",
+        *,
+        partial: bool = False,
+    ) -> Materializer:
         """The constructor an engine calls where its weights live: sources are name -> folder."""
-        return cls(open_checkpoints(sources), slots, partial=partial)
+        return cls(open_checkpoints(sources), slots, device, partial=partial)
 
     @torch.no_grad()
     def write(self, recipe: Mapping[str, Any]) -> UpdateReport:
@@ -152,6 +159,31 @@ class Materializer:
             n_written += 1
         n_compiled = self._n_compiled - n_compiled
         return UpdateReport(n_written, n_skipped, n_compiled, written_bytes, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def feed(self, recipe: Mapping[str, Any], load: Callable[[Iterator[tuple[str, Tensor]]], object]) -> UpdateReport:
+        """Hand the tensors of the merged checkpoint, one at a time, to an engine that has no slots and loads by itself.
+
+        Raises:
+            CheckpointError: if a merge is stored in another way than the checkpoint that the engine was started with.
+        """
+        start, n_compiled, bytes_of = time.perf_counter(), self._n_compiled, list[int]()
+        wanted = Recipe.from_dict(recipe)
+        entries = self._checkpoints[wanted.interface].scored.values()
+        if changed := [entry.name for entry in entries if entry.encoding.output != entry.encoding]:
+            raise CheckpointError(
+                f"merges of {len(changed)} tensor(s) are stored in another way than the parents' ({changed[0]}, ...), "
+                "which an engine that loads weights by itself does not expect: take the engine 'transformers'"
+            )
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self._tensors(wanted, self._device, keep=self._device.type == "cpu"):
+                bytes_of.append(tensor.nbytes)
+                yield name, tensor
+
+        load(counted())
+        n_compiled, seconds = self._n_compiled - n_compiled, time.perf_counter() - start
+        return UpdateReport(len(bytes_of), 0, n_compiled, sum(bytes_of), seconds)
 
     def _find_targets(self, slots: Slots) -> dict[Part, list[Target]]:
         """Part -> where it is written, for those that are held here."""
@@ -175,6 +207,12 @@ class Materializer:
             recipe: what to build.
             rounding: told what quantising cost.
         """
+        yield from self._tensors(recipe, torch.device("cpu"), rounding)
+
+    def _tensors(
+        self, recipe: Recipe, target: torch.device, rounding: Rounding | None = None, *, keep: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What `stream` yields, with the merged ones on some device."""
         interface, jobs = self._checkpoints[recipe.interface], self._assign(recipe)
         parts: dict[str, list[Part]] = {}
         for part in self.layout.parts:
@@ -186,7 +224,7 @@ class Materializer:
             if original not in parts:
                 merged = interface.stored(name).as_output(CHUNK_ELEMENTS)
             else:
-                rows = [self._part(p, jobs[p], self._device, False, watch).to("cpu") for p in parts[original]]
+                rows = [self._part(p, jobs[p], self._device, keep, watch).to(target) for p in parts[original]]
                 merged = rows[0] if parts[original][0].row is None else stack(rows)
             for suffix, piece in zip(merged.encoding.suffixes, merged.pieces, strict=True):
                 yield name + suffix, piece

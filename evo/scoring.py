@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo.config import EngineConfig, TaskConfig, component_options, validated
-from fitness.engines import ENGINES
+from evo.config import ConfigError, EngineConfig, TaskConfig, component_options, validated
+from fitness.engines import ENGINES, what_is_missing
 from fitness.evaluator import Evaluator
 from fitness.orderliness import Orderliness
 from fitness.tasks import TASKS
@@ -41,6 +41,8 @@ def score_checkpoint(
         raise ValueError(f"no checkpoint in {checkpoint}: expected a folder with config.json and safetensors files")
     configs = [validated(TaskConfig, TASKS, task) for task in tasks]
     engine_config = validated(EngineConfig, ENGINES, engine)
+    if missing := what_is_missing(engine_config.kind):
+        raise ConfigError(missing)
     options = component_options(engine_config, ENGINES)
     built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config, TASKS)) for config in configs]
     problems = [task.problems(split) for task in built]  # bad data are told before the model is loaded

@@ -136,7 +136,7 @@ def print_ending(front: Front, search: Search) -> None:
 def print_status(folder: Path) -> None:
     """The state of a run, read from its ledger without disturbing it."""
     with closing(Ledger.open(folder, read_only=True)) as ledger:
-        history, versions = History(ledger), ledger.meta("versions")
+        history, versions, caveat = History(ledger), ledger.meta("versions"), ledger.meta("caveat")
     front, searched = history.front, history.entries[Split.SEARCH].values()
     state = f"running ({holder(folder)})" if is_held(folder) else ("finished" if history.exhausted else "stopped")
     n_failed = sum(entry.status is Status.FAILED for entry in searched)
@@ -146,6 +146,8 @@ def print_status(folder: Path) -> None:
     console.print(_budget_line(history.budget, history.spent))
     console.print(f"evaluated {len(searched)}, failed {n_failed}, infeasible {n_infeasible}; {_pace(history)}")
     console.print(f"front {len(front.members)} models, hypervolume {front.hypervolume:.4f}")
+    if caveat:
+        console.print(f"note: {caveat}")
     console.print("[dim]" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "[/dim]")
 
 

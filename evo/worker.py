@@ -47,6 +47,11 @@ class Worker:
         """Of the engine; None while an automatic choice has not been made."""
         return self._engine.batch_size
 
+    @property
+    def caveat(self) -> str | None:
+        """Of the engine."""
+        return self._engine.caveat
+
     def evaluate(self, candidate: Candidate, split: Split, limit: int | None = None) -> Evaluation:
         """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it.
 

@@ -219,9 +219,15 @@ class Engine(Protocol):
     batch_size: int | None
     """Prompts decoded together; None before an automatic choice was made. Text depends on it: a run keeps it."""
 
+    caveat: str | None
+    """What readers of its scores have to know, in a sentence; None: nothing."""
+
     def host(self, writer: str, **arguments: Any) -> None:
         """Create the writer beside the weights: `writer` names a callable (slots, **arguments) whose result
         has a method `write(recipe)`. `slots` maps checkpoint tensor names to resident tensors.
+
+        Where weights are packed and cannot be written in place, slots are None, a `device` is given, and what is
+        called is `feed(recipe, load)`: it has to hand `load` an iterator of (checkpoint tensor name, tensor).
         """
         ...
 
@@ -248,7 +254,11 @@ class Engine(Protocol):
         ...
 
     def slots(self) -> Mapping[str, Tensor]:
-        """Checkpoint tensor name -> resident tensor (a view), for tests and writers in this process."""
+        """Checkpoint tensor name -> resident tensor (a view), for tests and writers in this process.
+
+        Raises:
+            NotImplementedError: if the weights cannot be viewed so.
+        """
         ...
 
 

@@ -66,6 +66,32 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 
+_WIDE = {**_COMMON, "hidden_size": 64}
+CONFIGS_OF_ENGINES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_WIDE, intermediate_size=96),
+    "llama_tied": lambda: LlamaConfig(**_WIDE, intermediate_size=96, tie_word_embeddings=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_WIDE, intermediate_size=96, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=32
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **_WIDE,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        topk_method="noaux_tc",  # vLLM has biases of experts only where the config says so, as DeepSeek's does
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=512,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        v_head_dim=32,
+    ),
+}
+"""The same architectures with sizes that vLLM's kernels have, too."""
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, with a chat template."""
@@ -80,11 +106,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_checkpoint(
-    folder: Path, config: str, seed: int, *, dtype: torch.dtype = torch.bfloat16, shard: str = "8KB"
+    folder: Path, config: str | PretrainedConfig, seed: int, *, dtype: torch.dtype = torch.bfloat16, shard: str = "8KB"
 ) -> Path:
     """A random sharded checkpoint in the published layout, with a tokenizer."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[config]())
+    model = AutoModelForCausalLM.from_config(CONFIGS[config]() if isinstance(config, str) else config)
     for name, parameter in model.named_parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # norms start at exactly one
         parameter.data = parameter.data.to(torch.float32 if "e_score" in name else dtype)

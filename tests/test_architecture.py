@@ -34,7 +34,7 @@ HOMES = {  # third-party library -> where alone it may be imported
     "typer": "evo/cli.py",
     "pydantic": ("evo/config.py", "evo/cli.py"),
     "transformers": "fitness/engines/",
-    "vllm": "fitness/engines/vllm.py",
+    "vllm": ("fitness/engines/vllm.py", "fitness/engines/vllm_worker.py"),
     "datasets": "fitness/tasks/",
     "ray": "evo/ray_pool.py",
     "lm_eval": "evo/scoring.py",

@@ -187,3 +187,11 @@ def test_what_an_engine_lacks_is_told_when_the_config_is_read(write, monkeypatch
     with pytest.raises(ConfigError, match="engines that have it: router"):
         load_config(write(text))
     load_config(write(text.replace("kind: deaf", "kind: router")))
+
+
+def test_an_engine_whose_package_is_missing_is_refused_when_the_config_is_read(write, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        load_config(write(GOOD.replace("max_tokens: 64", "max_tokens: 64, kind: vllm")))
+    expected = "search.yaml:6: engine.kind: engine 'vllm' needs the package vllm: pip install 'mergefront[vllm]'"
+    assert expected in str(error.value)

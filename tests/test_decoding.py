@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, 
 
 from fitness.engines.columns import Columns
 from fitness.engines.memory import rows_that_fit
-from fitness.engines.sampling import Sampler, uniforms
+from fitness.engines.sampling import Sampler, Settings, uniforms
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Decoding, Finish
 from tests.conftest import _COMMON, CONFIGS, make_checkpoint
@@ -125,7 +125,7 @@ class TestSampling:
     LOGITS = torch.tensor([[1.0, 2.0, 0.5, -1.0, 1.5]])
 
     def draw(self, decoding, n=20_000, generation=None):
-        sampler = Sampler(generation or GenerationConfig(do_sample=True), decoding)
+        sampler = Sampler(Settings.of(generation or GenerationConfig(do_sample=True), decoding))
         seeds = np.arange(n, dtype=np.uint64) * np.uint64(7919)
         logits = self.LOGITS.expand(n, -1)
         history = torch.zeros(n, 1, dtype=torch.long)
@@ -150,9 +150,9 @@ class TestSampling:
 
     def test_what_is_not_followed_is_refused(self):
         with pytest.raises(ValueError, match="no_repeat_ngram_size"):
-            Sampler(GenerationConfig(no_repeat_ngram_size=3), Decoding())
+            Settings.of(GenerationConfig(no_repeat_ngram_size=3), Decoding())
         with pytest.raises(ValueError, match="all samples would be the same"):
-            Sampler(GenerationConfig(), Decoding(samples=4))
+            Settings.of(GenerationConfig(), Decoding(samples=4))
         for bad in (
             {"temperature": 0.0},
             {"top_p": 2.0},

@@ -67,8 +67,8 @@ def test_slots_are_views_under_the_published_names(parents):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_counts_thinking_tokens(config, tmp_path):
     engine = TransformersEngine(str(make_checkpoint(tmp_path, config, 0)), dtype="float32", device="cpu")
-    assert engine._completion([6, 7, 5, 8, 2], 10).n_think_tokens == 3  # "</think>" is token 5
-    assert engine._completion([6, 7, 8, 2], 10).n_think_tokens == 0
+    assert engine._text.completion([6, 7, 5, 8, 2], 10).n_think_tokens == 3  # "</think>" is token 5
+    assert engine._text.completion([6, 7, 8, 2], 10).n_think_tokens == 0
 
 
 def test_too_long_a_prompt_is_refused(engine):
@@ -96,4 +96,4 @@ def test_no_chat_template_means_plain_text(tmp_path):
     path = make_checkpoint(tmp_path / "m", "llama", 0)
     (path / "chat_template.jinja").unlink()
     engine = TransformersEngine(str(path), dtype="float32", device="cpu")
-    assert engine._encode("1+2") == [7, 16, 8]
+    assert engine._text.encode("1+2") == [7, 16, 8]

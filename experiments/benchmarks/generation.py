@@ -58,12 +58,12 @@ def static_batches(
     engine: TransformersEngine, prompts: list[str], batch_size: int, max_tokens: int, sampled: bool
 ) -> list[list[int]]:
     """`model.generate`, batch by batch; the stop token is kept, padding is not."""
-    model, pad, stop = engine._model, 0, engine._stop_ids
+    model, pad, stop = engine._model, 0, engine._text.stop_ids
     written = []
     drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {"do_sample": False}
     torch.manual_seed(0)
     for start in range(0, len(prompts), batch_size):
-        encoded = [engine._encode(prompt) for prompt in prompts[start : start + batch_size]]
+        encoded = [engine._text.encode(prompt) for prompt in prompts[start : start + batch_size]]
         width = max(map(len, encoded))
         ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded])
         mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded])

@@ -9,6 +9,7 @@ Shapes: B rows, V vocabulary, L tokens of the longest row. Knows nothing of mode
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,22 +32,34 @@ _IGNORED = ("no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff",
 """Settings of a generation config that would change the text and that are not followed here."""
 
 
-class Sampler:
-    """Picks the next token of each row. What neither the generation config nor `decoding` sets is off.
+@dataclass(frozen=True)
+class Settings:
+    """How the next token is picked; None: off."""
 
-    Args:
-        generation: of the interface parent.
-        decoding: what the config of the run wants otherwise.
+    greedy: bool
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
-    Raises:
-        ValueError: if the generation config asks for what is not followed here, or if several samples are
-            wanted of greedy decoding.
-    """
+    @classmethod
+    def of(cls, generation: GenerationConfig, decoding: Decoding) -> Settings:
+        """What `decoding` sets, else the generation config; what neither sets is off.
 
-    def __init__(self, generation: GenerationConfig, decoding: Decoding) -> None:
-        def setting(name: str) -> Any:
+        Args:
+            generation: of the interface parent.
+            decoding: what the config of the run wants otherwise.
+
+        Raises:
+            ValueError: if the generation config asks for what is not followed here, or if several samples are
+                wanted of greedy decoding.
+        """
+
+        def setting(name: str, neutral: float) -> Any:
             chosen = getattr(decoding, name)
-            return getattr(generation, name, None) if chosen is None else chosen
+            value = getattr(generation, name, None) if chosen is None else chosen
+            return None if value == neutral else value
 
         unmet = [name for name in _IGNORED if getattr(generation, name, None) not in (None, 0, 1, 1.0, 0.0)]
         if unmet:
@@ -54,24 +67,38 @@ class Sampler:
                 f"generation_config.json sets {', '.join(unmet)}, which this engine does not follow: remove it there, "
                 "or take another parent as the interface"
             )
-        self.greedy = not generation.do_sample if decoding.greedy is None else decoding.greedy
-        if self.greedy and decoding.samples > 1:
+        greedy = not generation.do_sample if decoding.greedy is None else decoding.greedy
+        if greedy and decoding.samples > 1:
             raise ValueError(
                 f"decoding.samples is {decoding.samples}, but decoding is greedy, so all samples would be the same: "
                 "set decoding.greedy to false, or samples to 1"
             )
-        penalty = setting("repetition_penalty")
-        self._penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if _is(penalty, 1.0) else [])
+        penalty = setting("repetition_penalty", 1.0)
+        if greedy:
+            return cls(True, repetition_penalty=penalty)
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        cuts = {name: setting(name, value) for name, value in neutral.items()}
+        return cls(False, **cuts, repetition_penalty=penalty)
+
+
+class Sampler:
+    """Picks the next token of each row."""
+
+    def __init__(self, settings: Settings) -> None:
+        s = settings
+        self.greedy = s.greedy
+        self._penalty = LogitsProcessorList(
+            [RepetitionPenaltyLogitsProcessor(s.repetition_penalty)] if s.repetition_penalty is not None else []
+        )
         self._warpers = LogitsProcessorList()
-        if not self.greedy:
-            if _is(temperature := setting("temperature"), 1.0):
-                self._warpers.append(TemperatureLogitsWarper(float(temperature)))
-            if _is(top_k := setting("top_k"), 0):
-                self._warpers.append(TopKLogitsWarper(int(top_k)))
-            if _is(top_p := setting("top_p"), 1.0):
-                self._warpers.append(TopPLogitsWarper(float(top_p)))
-            if _is(min_p := setting("min_p"), 0.0):
-                self._warpers.append(MinPLogitsWarper(float(min_p)))
+        if s.temperature is not None:
+            self._warpers.append(TemperatureLogitsWarper(float(s.temperature)))
+        if s.top_k is not None:
+            self._warpers.append(TopKLogitsWarper(int(s.top_k)))
+        if s.top_p is not None:
+            self._warpers.append(TopPLogitsWarper(float(s.top_p)))
+        if s.min_p is not None:
+            self._warpers.append(MinPLogitsWarper(float(s.min_p)))
 
     def __call__(self, logits: Tensor, history: Tensor, seeds: NDArray[np.uint64], steps: NDArray[np.int64]) -> Tensor:
         """The next token of each row, shape (B,).
@@ -107,8 +134,3 @@ def uniforms(seeds: NDArray[np.uint64], steps: NDArray[np.int64]) -> NDArray[np.
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
     return np.asarray((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _is(value: Any, neutral: float) -> bool:
-    """Whether a setting is there and does something."""
-    return value is not None and value != neutral

@@ -1,6 +1,6 @@
 """The default engine: one resident `transformers` model, written in place, decoded in a batch that is refilled.
 
-Knows text: templates, tokenizer, stop strings, thinking tags. The loop over tokens is in decoding.py.
+Text is in text.py, the loop over tokens in decoding.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from transformers.utils import logging
 from fitness.engines.columns import bytes_per_token, is_columnar
 from fitness.engines.decoding import Decoder, Request
 from fitness.engines.memory import free_bytes, rows_that_fit
-from fitness.engines.sampling import Sampler
-from fitness.types import Completion, Decoding, Finish
+from fitness.engines.sampling import Sampler, Settings
+from fitness.engines.text import Text, encode, limits
+from fitness.types import Completion, Decoding
 
 
 class TransformersEngine:
@@ -46,6 +47,7 @@ class TransformersEngine:
     """
 
     capabilities = frozenset({"generate"})
+    caveat: str | None = None
 
     def __init__(
         self,
@@ -66,23 +68,20 @@ class TransformersEngine:
             raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here: use 'auto' or 'cpu'")
         self.batch_size = None if batch_size == "auto" else batch_size
         self._decoding = decoding or Decoding()
-        self._messages = [{"role": "system", "content": system}] if system else []
-        self._chat = dict(chat or {})
         logging.disable_progress_bar()
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self._model = load_model(checkpoint, getattr(torch, dtype), **(options or {})).to(self.device)
         self._model.eval()
         self._slots = find_slots(self._model)
         self._writer: Any = None
-        self._stop_ids = _stop_ids(self._model.generation_config, self._tokenizer)
+        generation = self._model.generation_config
+        self._text = Text(checkpoint, generation, stop=self._decoding.stop, system=system, chat=chat)
         self._decoder = Decoder(
             self._model,
-            Sampler(self._model.generation_config, self._decoding),
-            torch.tensor(self._stop_ids, device=self.device),
+            Sampler(Settings.of(generation, self._decoding)),
+            torch.tensor(self._text.stop_ids, device=self.device),
             self._find_stop_strings if self._decoding.stop else None,
             refill=is_columnar(self._model.config),
         )
-        self._end_of_thought: int | None = self._tokenizer.get_vocab().get("</think>")
         self._context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def slots(self) -> Mapping[str, Tensor]:
@@ -108,32 +107,17 @@ class TransformersEngine:
             ValueError: if no prompt leaves room for max_tokens.
             FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
         """
-        encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys(prompts)}
-        room = self._room(list(encoded.values()), max_tokens)
+        encoded = {prompt: self._text.encode(prompt) for prompt in dict.fromkeys(prompts)}
+        room = dict(zip(encoded, limits(list(encoded.values()), max_tokens, self._context), strict=True))
         if self.batch_size is None:
             longest = max((len(ids) for ids in encoded.values()), default=0)
             self.batch_size = self._find_batch_size(longest + max_tokens)
         requests = [
-            Request(encoded[prompt], max(0, min(max_tokens, room - len(encoded[prompt]))), seed)
+            Request(encoded[prompt], room[prompt], seed)
             for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True)
         ]
         written = self._decoder.decode(requests, self.batch_size)
-        return [self._completion(ids, max_tokens) for ids in written]
-
-    def _encode(self, prompt: str) -> list[int]:
-        return encode(self._tokenizer, [*self._messages, {"role": "user", "content": prompt}], self._chat)
-
-    def _room(self, encoded: Sequence[Sequence[int]], max_tokens: int) -> int:
-        """Tokens that a prompt and its completion may have together."""
-        if self._context is None:
-            return max((len(ids) for ids in encoded), default=0) + max_tokens
-        shortest = min((len(ids) for ids in encoded), default=0)
-        if shortest + max_tokens > self._context:
-            raise ValueError(
-                f"the shortest prompt has {shortest} tokens; with max_tokens {max_tokens} that exceeds the "
-                f"model's context of {self._context}: lower max_tokens to {max(0, self._context - shortest)} or less"
-            )
-        return int(self._context)
+        return [self._text.completion(ids, max_tokens) for ids in written]
 
     @torch.inference_mode()
     def _find_batch_size(self, n_tokens: int) -> int:
@@ -145,37 +129,9 @@ class TransformersEngine:
         return rows_that_fit(row_bytes, free_bytes(self.device), self.device)
 
     def _find_stop_strings(self, tail: Tensor) -> Tensor:
-        texts = (self._tokenizer.decode([i for i in row if i >= 0]) for row in tail.tolist())
+        texts = (self._text.tokenizer.decode([i for i in row if i >= 0]) for row in tail.tolist())
         found = [any(string in text for string in self._decoding.stop) for text in texts]
         return torch.tensor(found, device=tail.device)
-
-    def _completion(self, ids: list[int], max_tokens: int) -> Completion:
-        by_token = bool(ids) and ids[-1] in self._stop_ids
-        text = self._tokenizer.decode(ids[:-1] if by_token else ids, clean_up_tokenization_spaces=False)
-        cuts = [at for string in self._decoding.stop if (at := text.find(string)) >= 0]
-        stopped = by_token or bool(cuts)
-        text = text[: min(cuts, default=len(text))]
-        return Completion(
-            text=text,
-            n_tokens=len(ids) if stopped else max_tokens,
-            n_think_tokens=self._count_thinking(ids, text),
-            finish=Finish.STOP if stopped else Finish.LENGTH,
-            token_ids=tuple(ids),
-        )
-
-    def _count_thinking(self, ids: list[int], text: str) -> int:
-        if self._end_of_thought is not None:
-            return len(ids) - ids[::-1].index(self._end_of_thought) if self._end_of_thought in ids else 0
-        thought, tag, _ = text.rpartition("</think>")
-        return len(self._tokenizer(thought + tag, add_special_tokens=False)["input_ids"]) if tag else 0
-
-
-def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat: Mapping[str, Any]) -> list[int]:
-    """Token ids of a conversation, through the chat template where the tokenizer has one."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
 
 
 def longest_prompt(
@@ -235,10 +191,3 @@ def find_slots(model: Any) -> dict[str, Tensor]:
             f"cannot be written in place: {', '.join(copies[:5])}"
         )
     return {**resident, **slots}  # a checkpoint may also be stored packed, under the model's own names
-
-
-def _stop_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
-    ids = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    if ids is None:
-        raise ValueError("neither the generation config nor the tokenizer names a stop token (eos_token_id)")
-    return list(ids) if isinstance(ids, list | tuple) else [ids]

@@ -1,0 +1,203 @@
+"""vLLM as an engine: started once, and every candidate is merged inside its workers, into the live weights.
+
+Text is in text.py, what runs in the workers in vllm_worker.py. The engine core lives in this process, which makes its
+schedule deterministic; workers of further ranks are processes of their own. vLLM is imported when an engine is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from torch import Tensor
+
+from fitness.engines.sampling import Settings
+from fitness.engines.text import Text, generation_config, limits
+from fitness.types import Completion, Decoding
+
+_OWN = {
+    "model": "parents",
+    "dtype": "engine.dtype",
+    "max_num_seqs": "engine.batch_size",
+    "generation_config": "engine.decoding",
+    "worker_extension_cls": None,
+    "enable_lora": None,
+}
+"""Arguments of vLLM that are decided here -> the key of the config to set instead, where there is one."""
+
+
+NOT_INVARIANT = (
+    "answers are not bit-reproducible: vLLM's kernels were not in batch-invariant mode, so that rounding, and with it "
+    "the text, depends on which prompts are decoded together"
+)
+
+
+class VllmEngine:
+    """See fitness.types.Engine.
+
+    Sampled answers have a seed of their own, so a candidate meets the same random numbers as every other, in any
+    batch. They are vLLM's numbers, not those of the engine "transformers": the two draw different samples.
+
+    Args:
+        checkpoint: folder whose config, tokenizer, chat template and generation config are used (the
+            interface parent); its weights are what the model holds until the first update.
+        dtype: of the resident weights, unless they are quantised, and of all arithmetic.
+        batch_size: most prompts decoded together (vLLM's max_num_seqs); "auto" is vLLM's own choice.
+        decoding: how text is drawn; default: as the checkpoint's generation config says.
+        system: a system message before every prompt.
+        chat: further arguments of the chat template, such as `enable_thinking`.
+        batch_invariant: whether to use kernels whose results do not depend on what is decoded together, where
+            vLLM has them (NVIDIA and Intel GPUs); they are slower.
+        options: any arguments of vLLM (max_model_len, tensor_parallel_size, gpu_memory_utilization, ...).
+
+    Raises:
+        ValueError: for options that vLLM does not know or that are decided here, or if nothing names a stop token.
+    """
+
+    capabilities = frozenset({"generate"})
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
+        decoding: Decoding | None = None,
+        system: str | None = None,
+        chat: Mapping[str, Any] | None = None,
+        batch_invariant: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        invariant = _prepare_environment(batch_invariant)
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        options = dict(options or {})
+        _check(options)
+        decoding, generation = decoding or Decoding(), generation_config(checkpoint)
+        self._settings = Settings.of(generation, decoding)
+        self._text = Text(checkpoint, generation, stop=decoding.stop, system=system, chat=chat)
+        if current_platform.is_cpu():
+            options.setdefault("enforce_eager", True)  # compiling takes half a minute, and gains little
+        if batch_size != "auto":
+            options["max_num_seqs"] = batch_size
+        self._llm = LLM(
+            checkpoint,
+            dtype=dtype,
+            generation_config="vllm",
+            worker_extension_cls="fitness.engines.vllm_worker.MergeWorker",
+            **{"seed": 0, **options},
+        )
+        self.batch_size: int | None = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self.caveat = None if invariant else NOT_INVARIANT
+
+    def slots(self) -> Mapping[str, Tensor]:
+        """See Engine.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("vLLM's weights are fused and packed in its workers: there are no slots to give out")
+
+    def host(self, writer: str, **arguments: Any) -> None:
+        """See Engine."""
+        self._llm.collective_rpc("host_writer", args=(writer, arguments))
+
+    def update(self, recipe: Mapping[str, Any]) -> Any:
+        """See Engine. The report is that of the first rank."""
+        self._abort()
+        try:
+            report, *_ = self._llm.collective_rpc("write_recipe", args=(recipe,))
+        finally:
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM still holds cached keys and values of the weights before")
+        return report
+
+    def generate(
+        self, prompts: Sequence[str], *, max_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """See Engine.
+
+        Raises:
+            ValueError: if no prompt leaves room for max_tokens.
+            FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
+        """
+        encoded = {prompt: self._text.encode(prompt) for prompt in dict.fromkeys(prompts)}
+        context = self._llm.model_config.max_model_len
+        room = dict(zip(encoded, limits(list(encoded.values()), max_tokens, context), strict=True))
+        seeds = seeds or [0] * len(prompts)
+        asked = [i for i, prompt in enumerate(prompts) if room[prompt] > 0]
+        written: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+        if asked:
+            requests = [{"prompt_token_ids": encoded[prompts[i]]} for i in asked]
+            parameters = [self._parameters(room[prompts[i]], seeds[i]) for i in asked]
+            written.update(zip(asked, self._decode(requests, parameters), strict=True))
+        return [self._text.completion(written[i], max_tokens) for i in range(len(prompts))]
+
+    def _decode(self, requests: list[dict[str, list[int]]], parameters: list[Any]) -> list[list[int]]:
+        try:
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        except RuntimeError as error:
+            if "NaNs detected in logits" in str(error):
+                self._abort()
+                self._llm.collective_rpc("clear_cache")
+                raise FloatingPointError("the model's logits are not finite") from error
+            raise
+        finally:
+            self._abort()
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _parameters(self, max_tokens: int, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        cuts = {name: value for name, value in dataclasses.asdict(self._settings).items() if value is not None}
+        if cuts.pop("greedy"):
+            cuts["temperature"] = 0.0
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=None if self._settings.greedy else seed >> 1,  # vLLM's have a sign
+            stop=list(self._text.stop),
+            stop_token_ids=self._text.stop_ids,
+            ignore_eos=True,  # the stop tokens are those above
+            detokenize=bool(self._text.stop),
+            **cuts,
+        )
+
+    def _abort(self) -> None:
+        """Drop requests that an interrupt or an error has left behind, and the memory that they hold."""
+        engine = self._llm.llm_engine
+        if engine.has_unfinished_requests():
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            while engine.engine_core.engine_core.scheduler.has_requests():
+                engine.step()
+
+
+def _prepare_environment(batch_invariant: bool) -> bool:
+    """Set what vLLM reads when it is first used; whether its kernels will be batch-invariant."""
+    from vllm.platforms import current_platform
+
+    invariant = bool(batch_invariant and (current_platform.is_cuda() or current_platform.is_xpu()))
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(invariant))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_RAISE_ON_LOGIT_NANS"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    return invariant
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    from vllm import EngineArgs
+
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in options:
+        if name in _OWN:
+            instead = f": set {_OWN[name]}" if _OWN[name] else ""
+            raise ValueError(f"engine.options.{name}: this argument of vLLM is decided by mergefront{instead}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"engine.options.{name}: vLLM has no such argument{hint}")

@@ -1,0 +1,92 @@
+"""Every engine made alike, and a look into it, for tests that run over all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from evo.checkpoint import Checkpoint
+from fitness.engines import ENGINES, what_is_missing
+from fitness.engines.transformers import TransformersEngine
+
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.skipif(what_is_missing(kind) is not None, reason=f"{kind} is not installed"))
+    for kind in ENGINES
+]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "transformers": {"device": "cpu"},
+    "vllm": {"options": {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 256, "block_size": 32}},
+}
+
+
+@contextmanager
+def running(kind: str, path: Path, **options: Any) -> Iterator[Any]:
+    """An engine in float32. vLLM allows one at a time in a process."""
+    if kind == "transformers":
+        yield TransformersEngine(str(path), **{"dtype": "float32", "batch_size": 4, **OPTIONS[kind], **options})
+        return
+    from vllm.model_executor.layers import utils
+
+    from fitness.engines.vllm import VllmEngine
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+    with patch.object(utils, pack.__name__, lambda layer, remove_weight: pack(layer, False)):  # so that tests can read
+        engine = VllmEngine(str(path), **{"dtype": "float32", "batch_size": 4, **OPTIONS[kind], **options})
+        try:
+            yield engine
+        finally:
+            engine._llm.llm_engine.engine_core.shutdown()
+
+
+def module_of(engine: Any) -> torch.nn.Module:
+    """The module that computes logits."""
+    return engine._model if isinstance(engine, TransformersEngine) else engine._llm.apply_model(lambda m: m)[0]
+
+
+def resident(engine: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """An engine's weights under the names and in the shapes that they have in a checkpoint."""
+    if isinstance(engine, TransformersEngine):
+        return {name: engine.slots()[name] for name in checkpoint.headers}
+    shapes = {name: header.shape for name, header in checkpoint.headers.items()}
+    return dict(_unfused(module_of(engine), shapes))
+
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
+def _unfused(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.named_parameters():
+        prefix, _, attribute = name.rpartition(".")
+        module, _, kind = prefix.rpartition(".")
+        if kind in FUSED:
+            names = [f"{module}.{part}.{attribute}" for part in FUSED[kind]]
+            yield from zip(names, tensor.split([shapes[n][0] for n in names]), strict=True)
+        elif attribute in ("w13_weight", "w2_weight"):
+            for expert, rows in enumerate(_unpacked(tensor)):
+                experts = f"{prefix.removesuffix('.routed_experts')}.{expert}"
+                if attribute == "w2_weight":
+                    yield f"{experts}.down_proj.weight", rows
+                else:
+                    yield from zip(
+                        (f"{experts}.gate_proj.weight", f"{experts}.up_proj.weight"), rows.chunk(2), strict=True
+                    )
+        elif name in shapes:  # MLA has further ones, made of kv_b_proj
+            yield name, tensor[: shapes[name][0]]  # vLLM pads vocabularies
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """vLLM's order of an expert's elements on a CPU, found by packing their numbers, and undone."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    numbers = torch.arange(packed.numel(), dtype=torch.float32).view(packed.shape)
+    order = cpu_prepack_moe_weight(numbers, "vec").flatten().long()
+    return torch.empty_like(packed).flatten().index_copy(0, order, packed.flatten()).view(packed.shape)

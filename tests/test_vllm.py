@@ -1,0 +1,65 @@
+"""A search whose engine is vLLM, from the config to an export; and what the engine refuses. Skipped without vLLM."""
+
+import gc
+from contextlib import closing
+
+import pytest
+
+from evo.assemble import build_space, open_sources
+from evo.ledger import Ledger
+from evo.search import Search
+from fitness.types import Split
+from tests.conftest import CONFIGS_OF_ENGINES, make_checkpoint
+from tests.engines import OPTIONS, running
+from tests.synthetic import config_of
+from tests.test_engine_contract import export
+
+pytest.importorskip("vllm")
+ENGINE = {"kind": "vllm", "dtype": "float32", "batch_size": 4, "max_tokens": 12, **OPTIONS["vllm"]}
+TASK = {"kind": "arithmetic", "search": 6, "reserve": 2, "held_out": 4}
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parents")
+    make = CONFIGS_OF_ENGINES["qwen3_moe"]
+    return {name: make_checkpoint(folder / name, make(), seed) for seed, name in enumerate("ab")}
+
+
+def test_a_search_scores_merges_and_its_export_says_the_same(parents, tmp_path):
+    config = config_of(
+        parents,
+        task=TASK,
+        engine=ENGINE,
+        optimizer={"kind": "cma_es", "population": 4},
+        baselines={"average": True},
+        constraints={"max_truncated": 1.0},
+        budget={"candidates": 6},
+        tracking={"enabled": False},
+    )
+    search = Search(config, tmp_path / "run")
+    front = search.run()
+    gc.collect()  # vLLM allows one engine at a time
+    with closing(Ledger.open(tmp_path / "run", read_only=True)) as ledger:
+        entries = ledger.entries(Split.SEARCH)
+        ask = ledger.asks()[5]
+        assert len(entries) == 6 and all(entry.losses is not None for entry in entries)
+        assert "not bit-reproducible" in ledger.meta("caveat")
+    assert all(row.held_out is not None for row in front.members)
+    search.export("knee", tmp_path / "export")
+    assert "not bit-reproducible" in (tmp_path / "export" / "README.md").read_text()
+    space = build_space(config, open_sources(config))
+    merge = export(ask.recipe_in(lambda: space), parents, tmp_path / "c5")
+    samples = next(entry for entry in entries if entry.candidate_id == 5).detail["samples"]
+    with running("vllm", merge) as fresh:
+        texts = [c.text for c in fresh.generate([s["question"] for s in samples], max_tokens=12)]
+    assert texts == [s["completion"] for s in samples]
+
+
+def test_arguments_that_vllm_does_not_know_or_that_are_decided_elsewhere_are_refused(parents):
+    from fitness.engines.vllm import VllmEngine
+
+    with pytest.raises(ValueError, match=r"options.max_model_length: .* did you mean 'max_model_len'"):
+        VllmEngine(str(parents["a"]), options={"max_model_length": 256})
+    with pytest.raises(ValueError, match=r"options.max_num_seqs: .* set engine.batch_size"):
+        VllmEngine(str(parents["a"]), options={"max_num_seqs": 4})
