@@ -8,9 +8,10 @@ whole parts is read and merged for these only, and their union is the same model
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from evo.encodings.rounding import Rounding
 from evo.merge import Method, Stats, get_method
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import Operand, Region, matrix_shape
+from evo.merge.kernels import Fused
 from evo.merge.noise import Key, stream_key
 from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
@@ -36,6 +38,7 @@ CHUNK_ELEMENTS = 1 << 18
 """Parts are merged in blocks of this size: float32 temporaries take 1 MiB each, and stay in the cache."""
 
 _Key = tuple[Any, ...]
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,24 @@ class Materializer:
         return {part: found for part in parts if (found := targets_of(part, entries[part], slots))}
 
     def _write(self, part: Part, job: _Job, slot: Tensor, region: Region | None) -> None:
-        merged = self._part(part, job, slot.device, True, target=slot, region=region)
-        if merged.pieces[0] is not slot:
-            merged.encoding.decode(merged.pieces, slot, CHUNK_ELEMENTS)
+        made = self._part(part, job, slot.device, True, region=region)
+        if isinstance(made, Fused):
+            made.into(slot)
+        else:
+            made.encoding.decode(made.pieces, slot, CHUNK_ELEMENTS)
+
+    def stream(self, recipe: Recipe, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of `stretches`, each whole and in its shape."""
+        headers = self._checkpoints[recipe.interface].written_headers()
+        for name, stretches in self.stretches(recipe, rounding):
+            flat = [made.reshape(-1) if isinstance(made, Tensor) else made.result() for made in stretches]
+            yield name, (flat[0] if len(flat) == 1 else torch.cat(flat)).view(headers[name].shape)
 
     @torch.no_grad()
-    def stream(self, recipe: Recipe, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the merged checkpoint's files on the CPU, as it is stored, one at a time.
+    def stretches(
+        self, recipe: Recipe, rounding: Rounding | None = None
+    ) -> Iterator[tuple[str, Iterable[Tensor | Fused]]]:
+        """Build every tensor of the merged checkpoint's files on the CPU, as it is stored, one at a time.
 
         They are those of the interface parent, in its order. Unscored tensors are copied from it; those that
         have the bits of its embedding or head get the bits of the merged one.
@@ -174,22 +188,29 @@ class Materializer:
         Args:
             recipe: what to build.
             rounding: told what quantising cost.
+
+        Yields:
+            name, and the tensor in stretches of consecutive elements, to be used up before the next: tensors, or
+            compiled loops that make them.
         """
         interface, jobs = self._checkpoints[recipe.interface], self._assign(recipe)
         parts: dict[str, list[Part]] = {}
         for part in self.layout.parts:
             parts.setdefault(part.tensor, []).append(part)
         same_as = {**self._tied, **unscored_copies(interface)}
-        for name in interface.entries:
-            original = same_as.get(name, name)
+        for name, entry in interface.entries.items():
+            of, suffixes = parts.get(same_as.get(name, name), []), entry.encoding.output.suffixes
             watch = rounding.watcher(name) if rounding else None
-            if original not in parts:
-                merged = interface.stored(name).as_output(CHUNK_ELEMENTS)
+            made = (self._part(part, jobs[part], self._device, False, watch) for part in of)
+            if not of:
+                yield from _named(name, interface.stored(name).as_output(CHUNK_ELEMENTS))
+            elif len(suffixes) == 1:
+                yield name, (one if isinstance(one, Fused) else one.pieces[0].cpu() for one in made)
             else:
-                rows = [self._part(p, jobs[p], self._device, False, watch).to("cpu") for p in parts[original]]
-                merged = rows[0] if parts[original][0].row is None else stack(rows)
-            for suffix, piece in zip(merged.encoding.suffixes, merged.pieces, strict=True):
-                yield name + suffix, piece
+                rows = [one.to("cpu") for one in made if isinstance(one, Stored)]
+                yield from _named(name, rows[0] if of[0].row is None else stack(rows))
+            self._stats.clear()  # measured for this tensor alone
+            _give_back_memory()
 
     def _assign(self, recipe: Recipe) -> dict[Part, _Job]:
         """Part -> job."""
@@ -204,22 +225,24 @@ class Materializer:
         device: torch.device,
         keep: bool,
         watch: Watcher | None = None,
-        target: Tensor | None = None,
         region: Region | None = None,
-    ) -> Stored:
-        """One part, or a region of it, as it is stored: the same function for a slot and for an export. May be made
-        in the target.
+    ) -> Stored | Fused:
+        """One part, or a region of it, as it is stored, or the loop that makes it: the same function for a slot and
+        for an export.
         """
         stored = [self._stored(name, part, device, keep, region) for name in job.sources]
         if (rows := self._common.get(part.tensor)) is None:
-            return self._merged(part, job, stored, device, watch, target, region)
+            return self._merged(part, job, stored, device, watch, region)
         rows, interface = (
             rows.within(region[0]) if region else rows,
             self._stored(job.interface, part, device, keep, region),
         )
         if rows.n_rows == 0:
             return interface
-        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch, region=region)
+        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch, region)
+        if isinstance(merged, Fused):
+            shape = (rows.n_rows, *interface.shape[1:])
+            merged = Stored(interface.encoding, (merged.result().view(shape),))
         return rows.complete(merged, interface)
 
     def _merged(
@@ -229,9 +252,8 @@ class Materializer:
         stored: list[Stored],
         device: torch.device,
         watch: Watcher | None,
-        target: Tensor | None = None,
-        region: Region | None = None,
-    ) -> Stored:
+        region: Region | None,
+    ) -> Stored | Fused:
         """What a job makes of its sources, or of that region of them."""
         if job.method is None:
             return stored[0].as_output(CHUNK_ELEMENTS)
@@ -247,10 +269,10 @@ class Materializer:
         keys = self._noise_keys(part, job) if method.random else ()
         corner, width = self._place(part, region) if region else ((0, 0), None)
         merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
-        output, shape = stored[0].encoding.output, stored[0].shape
         if compiled := merge.compiled():
             self._n_compiled += 1
-            return Stored(output, (compiled.into(shape, target),))
+            return compiled
+        output, shape = stored[0].encoding.output, stored[0].shape
         return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
 
     def _whole(self, part: Part, device: torch.device) -> Callable[[str], Operand]:
@@ -318,6 +340,21 @@ class Materializer:
             if keep:
                 self._resident[key] = piece
         return piece
+
+
+def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused]]]:
+    """The tensors of a file that it is stored as."""
+    for suffix, piece in zip(stored.encoding.suffixes, stored.pieces, strict=True):
+        yield name + suffix, [piece]
+
+
+def _give_back_memory() -> None:
+    """What has been freed goes back to the system, where the C library is glibc: its heap would go on growing as
+    temporaries of many sizes come and go.
+    """
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _check_complete(slots: Slots, checkpoint: Checkpoint) -> None:
