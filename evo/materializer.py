@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from evo.merge.apply import PartMerge
 from evo.merge.blocks import Operand, Region, matrix_shape
 from evo.merge.kernels import Fused
 from evo.merge.noise import Key, stream_key
+from evo.residency import Piece, Pieces, Residency, bytes_of, choose
 from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
@@ -103,9 +104,11 @@ class Materializer:
             may share one slot (tied weights). Of a partial model also shards. Not needed for streaming.
         device: where merging happens when streaming; writes happen where the slot lives.
         partial: whether the slots are one process's part of a model; what has none is not written here.
+        residency: where what is merged into slots lives between candidates.
 
     Raises:
         CheckpointError: if a tensor has no slot, or a shard does not fit.
+        ValueError: if a residency needs a GPU, and there is none.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Materializer:
         device: torch.device | str = "cpu",
         *,
         partial: bool = False,
+        residency: Residency = Residency.AUTO,
     ) -> None:
         self._checkpoints = checkpoints
         first = next(iter(checkpoints.values()))
@@ -125,36 +129,42 @@ class Materializer:
             _check_complete(slots, first)
         self._targets = self._find_targets(slots or {})
         self._device = torch.device(device)
-        self._resident: dict[tuple[Path, str, str], Tensor] = {}  # folder, name in its files, cut -> bits on the device
+        home = next((t.slot.device for targets in self._targets.values() for t in targets), self._device)
+        self._pieces = Pieces(choose(residency, home, self._n_bytes()))
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
         self._n_compiled = 0
 
     @classmethod
-    def hosted(cls, slots: Slots, sources: Mapping[str, str], *, partial: bool = False) -> Materializer:
+    def hosted(
+        cls, slots: Slots, sources: Mapping[str, str], *, partial: bool = False, residency: str = "auto"
+    ) -> Materializer:
         """The constructor an engine calls where its weights live: sources are name -> folder."""
-        return cls(open_checkpoints(sources), slots, partial=partial)
+        return cls(open_checkpoints(sources), slots, partial=partial, residency=Residency(residency))
 
     @torch.no_grad()
     def write(self, recipe: Mapping[str, Any]) -> UpdateReport:
         """Write a recipe (as plain data) into the slots; parts whose inputs did not change are skipped."""
         start = time.perf_counter()
-        n_written = n_skipped = written_bytes = 0
-        n_compiled = self._n_compiled
-        for part, job in self._assign(Recipe.from_dict(recipe)).items():
-            if part not in self._targets:
-                continue
-            if self._written.get(part) == job.key:
-                n_skipped += 1
-                continue
+        written_bytes, n_compiled = 0, self._n_compiled
+        jobs = [(p, job) for p, job in self._assign(Recipe.from_dict(recipe)).items() if p in self._targets]
+        changed = [(part, job) for part, job in jobs if self._written.get(part) != job.key]
+        for i, (part, job) in enumerate(changed):
+            self._prefetch(changed[i + 1 : i + 2])
             self._written.pop(part, None)  # if the copy fails half-way, the part is written again
             for target in self._targets[part]:
                 self._write(part, job, target.slot, target.region)
                 written_bytes += target.slot.numel() * target.slot.element_size()
             self._written[part] = job.key
-            n_written += 1
         n_compiled = self._n_compiled - n_compiled
-        return UpdateReport(n_written, n_skipped, n_compiled, written_bytes, time.perf_counter() - start)
+        n_skipped, seconds = len(jobs) - len(changed), time.perf_counter() - start
+        return UpdateReport(len(changed), n_skipped, n_compiled, written_bytes, seconds)
+
+    def _n_bytes(self) -> int:
+        """Of all that is kept of the sources, roughly: that share of their files which is held here."""
+        numbers = {t.slot.data_ptr(): t.slot.numel() for targets in self._targets.values() for t in targets}
+        whole = sum(math.prod(entry.shape) for entry in next(iter(self._checkpoints.values())).scored.values())
+        return int(bytes_of(self._checkpoints) * min(1.0, sum(numbers.values()) / max(1, whole)))
 
     def _find_targets(self, slots: Slots) -> dict[Part, list[Target]]:
         """Part -> where it is written, for those that are held here."""
@@ -320,26 +330,31 @@ class Materializer:
         self, source: str, part: Part, device: torch.device, keep: bool, region: Region | None = None
     ) -> Stored:
         """A part of a source, or no more than a region of it."""
+        pieces = (self._pieces.read(piece, device, keep=keep) for piece in self._wanted(source, part, region))
+        return Stored(self._checkpoints[source].entries[part.tensor].encoding, tuple(pieces))
+
+    def _wanted(self, source: str, part: Part, region: Region | None) -> list[Piece]:
+        """What a part of a source, or a region of it, is stored as."""
         checkpoint = self._checkpoints[source]
         entry, holders = checkpoint.entries[part.tensor], checkpoint.holders(part.tensor)
         if region is None:
-            pieces = [self._piece(*held, device, keep) for held in holders]
-            return Stored(entry.encoding, tuple(pieces)).row(part.row)
+            return [Piece(*held, row=part.row) for held in holders]
         expert: Cut = () if part.row is None else (part.row,)
         shape, (rows, columns) = entry.shape[len(expert) :], region
         n_rows, _ = matrix_shape(shape)  # fewer where only others have a token
         cuts = entry.encoding.cut(shape, (slice(min(rows.start, n_rows), min(rows.stop, n_rows)), columns))
-        pieces = [self._piece(*held, device, keep, expert + cut) for held, cut in zip(holders, cuts, strict=True)]
-        return Stored(entry.encoding, tuple(pieces))
+        return [Piece(*held, cut=expert + cut) for held, cut in zip(holders, cuts, strict=True)]
 
-    def _piece(self, holder: Checkpoint, name: str, device: torch.device, keep: bool, cut: Cut | None = None) -> Tensor:
-        key = (holder.path, name, str(cut))
-        piece = self._resident.get(key)
-        if piece is None:
-            piece = holder.tensor(name, cut).to(device)
-            if keep:
-                self._resident[key] = piece
-        return piece
+    def _prefetch(self, following: Sequence[tuple[Part, _Job]]) -> None:
+        """Begin to bring what will be merged next to where it is merged."""
+        wanted = [
+            (piece, target.slot.device)
+            for part, job in following
+            for target in self._targets[part]
+            for source in dict.fromkeys((*job.sources, *([job.interface] if part.tensor in self._common else ())))
+            for piece in self._wanted(source, part, target.region)
+        ]
+        self._pieces.prefetch(wanted)
 
 
 def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused]]]:

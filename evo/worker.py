@@ -29,6 +29,7 @@ class Worker:
         task: Task,
         sources: Mapping[str, str],
         *,
+        memory: Mapping[str, Any] | None = None,
         max_tokens: int,
         objectives: Sequence[str],
         orderliness: Orderliness,
@@ -40,7 +41,7 @@ class Worker:
         self._task = task
         self._objectives = objectives
         self._problems: dict[Split, list[Problem]] = {}
-        engine.host("evo.materializer:Materializer.hosted", sources=dict(sources))
+        engine.host("evo.materializer:Materializer.hosted", sources=dict(sources), **(memory or {}))
 
     @property
     def batch_size(self) -> int | None:
