@@ -185,6 +185,9 @@ class Memory(_Section):
     residency: Literal["auto", "device", "pinned", "disk"] = "auto"
     """Where the tensors of base and donors live: on the engine's device, in pinned host memory, or on disk; see
     evo.residency. Safe to change between sittings: bits are the same."""
+    deltas: str = Field("exact", pattern=r"^(exact|int8|int4|low_rank\([1-9]\d{0,3}\))$")
+    """How differences of donors to the base are held while searching: "exact", "int8", "int4" or "low_rank(RANK)". What
+    would be a member of the front is scored again with the donors themselves."""
 
 
 class Config(_Section):

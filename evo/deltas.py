@@ -9,12 +9,13 @@ scored so is scored again with the donor itself before it is called a member of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from evo.encodings.low_rank import MAX_RANK, LowRankSum, fixed_point
 from evo.merge.blocks import Block, Operand, blocks
@@ -68,14 +69,17 @@ class Absmax:
 
     def n_bytes(self, shape: tuple[int, int]) -> int:
         """See Compression."""
-        n_rows, n_tiles = shape[0], -(-shape[1] // BLOCK)
-        return n_rows * n_tiles * (BLOCK * self.bits // 8 + 4)
+        return shape[0] * (self._width(shape[1]) + 4 * -(-shape[1] // BLOCK))
+
+    def _width(self, n_columns: int) -> int:
+        """Bytes of a row's numbers."""
+        return -(-n_columns * self.bits // 8)
 
     def compress(self, delta: Callable[[Block], Tensor], like: Operand) -> tuple[Tensor, ...]:
-        """Codes (R, padded C), two to a byte if of 4 bits, the lower half first; and scales (R, tiles)."""
+        """Codes (R, C), two to a byte if of 4 bits, the lower half first; and scales (R, tiles)."""
         (n_rows, n_columns), device = like.shape, like.device
         n_tiles = -(-n_columns // BLOCK)
-        codes = torch.empty(n_rows, n_tiles * BLOCK * self.bits // 8, dtype=torch.uint8, device=device)
+        codes = torch.empty(n_rows, self._width(n_columns), dtype=torch.uint8, device=device)
         scales = torch.empty(n_rows, n_tiles, device=device)
         for top in range(0, n_rows, height := max(1, _CHUNK // max(1, n_columns))):
             rows = slice(top, min(top + height, n_rows))
@@ -85,7 +89,7 @@ class Absmax:
             scales[rows] = tiles.abs().amax(2) / self.largest
             divisors = torch.where(scales[rows] > 0, scales[rows], 1.0)[..., None]
             numbers = (tiles / divisors).round_().clamp_(-self.largest, self.largest).to(torch.int8).flatten(1)
-            codes[rows] = numbers.view(torch.uint8) if self.bits == 8 else _pack(numbers)
+            codes[rows] = (numbers.view(torch.uint8) if self.bits == 8 else _pack(numbers))[:, : codes.shape[1]]
         return codes, scales
 
     def donor(self, base: Operand, kept: Sequence[Tensor]) -> Operand:
@@ -118,7 +122,8 @@ class _Quantized:
         first, last = start // BLOCK, -(-stop // BLOCK)
         codes = self._codes[rows, first * BLOCK * self._bits // 8 : last * BLOCK * self._bits // 8]
         numbers = codes.view(torch.int8) if self._bits == 8 else _unpack(codes)
-        tiles = numbers.float().view(len(codes), -1, BLOCK) * self._scales[rows, first:last, None]
+        numbers = pad(numbers.float(), (0, (last - first) * BLOCK - numbers.shape[1]))
+        tiles = numbers.view(len(codes), -1, BLOCK) * self._scales[rows, first:last, None]
         delta = tiles.flatten(1)[:, start - first * BLOCK : stop - first * BLOCK]
         return self._base[rows, columns].float() + delta
 
@@ -155,12 +160,12 @@ class Deltas:
 
     Args:
         compression: how.
-        base: name of the source that differences are taken to.
-        on_device: whether they are kept where they are merged; else in the host's memory.
     """
 
-    def __init__(self, compression: Compression, base: str, *, on_device: bool = True) -> None:
-        self._compression, self.base, self._on_device = compression, base, on_device
+    def __init__(self, compression: Compression) -> None:
+        self._compression = compression
+        self.on_device = True
+        """Whether they are kept where they are merged; else in the host's memory."""
         self._kept: dict[Any, tuple[Tensor, ...]] = {}
         self._sums: dict[str, tuple[float, float]] = {}
 
@@ -168,9 +173,9 @@ class Deltas:
         """Whether the differences of a matrix are compressed: not those of vectors, and only if it saves memory."""
         return shape[0] > 1 and self._compression.n_bytes(shape) < 2 * shape[0] * shape[1]
 
-    def n_bytes(self, shape: tuple[int, int]) -> int:
-        """Of one donor's differences of a matrix that is covered."""
-        return self._compression.n_bytes(shape)
+    def n_bytes(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """Of one donor's differences, of those of these matrices that are covered."""
+        return sum(self._compression.n_bytes(shape) for shape in shapes if self.covers(shape))
 
     def donor(self, source: str, part: Any, base: Operand, exact: Callable[[], Operand]) -> Operand:
         """A donor as it is compressed.
@@ -198,4 +203,4 @@ class Deltas:
             error += float((compressed[block].double() - base[block].double() - exact).square().sum())
             norm += float(exact.square().sum())
         self._sums[source] = (error, norm)
-        return kept if self._on_device else tuple(tensor.cpu() for tensor in kept)
+        return kept if self.on_device else tuple(tensor.cpu() for tensor in kept)

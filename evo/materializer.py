@@ -22,6 +22,7 @@ from torch import Tensor
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError, Cut
 from evo.copies import tied_heads, unscored_copies
+from evo.deltas import EXACT, Deltas, parse
 from evo.encodings import Stored, Watcher, stack
 from evo.encodings.rounding import Rounding
 from evo.merge import Method, Stats, get_method
@@ -53,6 +54,8 @@ class UpdateReport:
     """Parts, or shards of them, that a compiled loop has merged; the others were copied, or merged on tensors."""
     written_bytes: int
     seconds: float
+    delta_errors: Mapping[str, float] = field(default_factory=dict)
+    """Source -> relative error of its compressed differences; empty where none were used."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class _Job:
     seed: int = 0
     key: _Key = ()
     """All that a part depends on besides its sources' bits, which never change while they are open."""
+    compressed: bool = False
+    """Whether donors are merged as they are compressed."""
 
     @classmethod
     def copy(cls, source: str, interface: str) -> _Job:
@@ -76,8 +81,8 @@ class _Job:
         return cls((source,), interface, key=(interface, source))
 
     @classmethod
-    def of(cls, recipe: Recipe, rule: Rule) -> _Job:
-        """A rule's job.
+    def of(cls, recipe: Recipe, rule: Rule, compressed: bool = False) -> _Job:
+        """A rule's job; a copy is never compressed.
 
         Raises:
             ValueError: if its method or a knob is unknown, or a knob is out of range.
@@ -91,8 +96,8 @@ class _Job:
         if (copied := method.copy_of(coefficients, **arguments)) is not None:
             return cls.copy(sources[copied], recipe.interface)
         seed = recipe.seed if method.random else 0
-        key = (recipe.interface, rule.method, *sources, *coefficients, *arguments.values(), seed)
-        return cls(sources, recipe.interface, method, coefficients, arguments, seed, key)
+        key = (recipe.interface, rule.method, *sources, *coefficients, *arguments.values(), seed, compressed)
+        return cls(sources, recipe.interface, method, coefficients, arguments, seed, key, compressed)
 
 
 class Materializer:
@@ -105,10 +110,13 @@ class Materializer:
         device: where merging happens when streaming; writes happen where the slot lives.
         partial: whether the slots are one process's part of a model; what has none is not written here.
         residency: where what is merged into slots lives between candidates.
+        deltas: how donors are compressed where a candidate asks for it: "exact", or see evo.deltas. Then donors
+            themselves are read from disk when they are needed.
+        base: name of the source that compressed differences are taken to.
 
     Raises:
         CheckpointError: if a tensor has no slot, or a shard does not fit.
-        ValueError: if a residency needs a GPU, and there is none.
+        ValueError: if a residency needs a GPU, and there is none, or shards were to be compressed.
     """
 
     def __init__(
@@ -119,6 +127,8 @@ class Materializer:
         *,
         partial: bool = False,
         residency: Residency = Residency.AUTO,
+        deltas: str = EXACT,
+        base: str | None = None,
     ) -> None:
         self._checkpoints = checkpoints
         first = next(iter(checkpoints.values()))
@@ -130,24 +140,46 @@ class Materializer:
         self._targets = self._find_targets(slots or {})
         self._device = torch.device(device)
         home = next((t.slot.device for targets in self._targets.values() for t in targets), self._device)
-        self._pieces = Pieces(choose(residency, home, self._n_bytes()))
+        compression = parse(deltas)
+        if compression is not None and partial:
+            raise ValueError(f"memory.deltas: {deltas!r} cannot be had of shards: expected 'exact'")
+        self._base = base if compression else None
+        self._deltas = Deltas(compression) if compression else None
+        chosen = choose(residency, home, self._n_bytes())
+        if self._deltas:
+            self._deltas.on_device = chosen is Residency.DEVICE
+        self._pieces = Pieces(chosen)
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
         self._n_compiled = 0
 
     @classmethod
     def hosted(
-        cls, slots: Slots, sources: Mapping[str, str], *, partial: bool = False, residency: str = "auto"
+        cls,
+        slots: Slots,
+        sources: Mapping[str, str],
+        *,
+        partial: bool = False,
+        residency: str = "auto",
+        deltas: str = EXACT,
+        base: str | None = None,
     ) -> Materializer:
         """The constructor an engine calls where its weights live: sources are name -> folder."""
-        return cls(open_checkpoints(sources), slots, partial=partial, residency=Residency(residency))
+        opened = open_checkpoints(sources)
+        return cls(opened, slots, partial=partial, residency=Residency(residency), deltas=deltas, base=base)
 
     @torch.no_grad()
     def write(self, recipe: Mapping[str, Any]) -> UpdateReport:
-        """Write a recipe (as plain data) into the slots; parts whose inputs did not change are skipped."""
+        """Write a recipe (as plain data) into the slots; parts whose inputs did not change are skipped.
+
+        Args:
+            recipe: of Recipe.to_dict(); a further key "compressed" says whether donors may be compressed.
+        """
         start = time.perf_counter()
         written_bytes, n_compiled = 0, self._n_compiled
-        jobs = [(p, job) for p, job in self._assign(Recipe.from_dict(recipe)).items() if p in self._targets]
+        compressed = self._deltas is not None and bool(recipe.get("compressed")) and recipe["base"] == self._base
+        assigned = self._assign(Recipe.from_dict(recipe), compressed)
+        jobs = [(part, job) for part, job in assigned.items() if part in self._targets]
         changed = [(part, job) for part, job in jobs if self._written.get(part) != job.key]
         for i, (part, job) in enumerate(changed):
             self._prefetch(changed[i + 1 : i + 2])
@@ -158,13 +190,26 @@ class Materializer:
             self._written[part] = job.key
         n_compiled = self._n_compiled - n_compiled
         n_skipped, seconds = len(jobs) - len(changed), time.perf_counter() - start
-        return UpdateReport(len(changed), n_skipped, n_compiled, written_bytes, seconds)
+        errors = self._deltas.errors if self._deltas and compressed else {}
+        return UpdateReport(len(changed), n_skipped, n_compiled, written_bytes, seconds, errors)
 
     def _n_bytes(self) -> int:
         """Of all that is kept of the sources, roughly: that share of their files which is held here."""
         numbers = {t.slot.data_ptr(): t.slot.numel() for targets in self._targets.values() for t in targets}
         whole = sum(math.prod(entry.shape) for entry in next(iter(self._checkpoints.values())).scored.values())
-        return int(bytes_of(self._checkpoints) * min(1.0, sum(numbers.values()) / max(1, whole)))
+        kept = {name: c for name, c in self._checkpoints.items() if self._keeps(name)}
+        deltas = self._deltas.n_bytes([self._matrix(part) for part in self._targets]) if self._deltas else 0
+        n_donors = len(self._checkpoints) - len(kept)
+        return int(bytes_of(kept) * min(1.0, sum(numbers.values()) / max(1, whole))) + n_donors * deltas
+
+    def _keeps(self, source: str) -> bool:
+        """Whether a source's own tensors stay for the next candidate: not a donor's, where its differences do."""
+        return self._deltas is None or source == self._base
+
+    def _matrix(self, part: Part) -> tuple[int, int]:
+        """Shape of a part's matrix."""
+        shape = next(iter(self._checkpoints.values())).entries[part.tensor].shape
+        return matrix_shape(shape if part.row is None else shape[1:])
 
     def _find_targets(self, slots: Slots) -> dict[Part, list[Target]]:
         """Part -> where it is written, for those that are held here."""
@@ -222,9 +267,9 @@ class Materializer:
             self._stats.clear()  # measured for this tensor alone
             _give_back_memory()
 
-    def _assign(self, recipe: Recipe) -> dict[Part, _Job]:
+    def _assign(self, recipe: Recipe, compressed: bool = False) -> dict[Part, _Job]:
         """Part -> job."""
-        jobs = {id(rule): _Job.of(recipe, rule) for rule in recipe.rules}
+        jobs = {id(rule): _Job.of(recipe, rule, compressed) for rule in recipe.rules}
         copy = _Job.copy(recipe.base, recipe.interface)
         return {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
 
@@ -240,16 +285,20 @@ class Materializer:
         """One part, or a region of it, as it is stored, or the loop that makes it: the same function for a slot and
         for an export.
         """
-        stored = [self._stored(name, part, device, keep, region) for name in job.sources]
+
+        @functools.cache
+        def source(i: int) -> Stored:
+            return self._stored(job.sources[i], part, device, keep, region)
+
         if (rows := self._common.get(part.tensor)) is None:
-            return self._merged(part, job, stored, device, watch, region)
+            return self._merged(part, job, source, device, watch, region)
         rows, interface = (
             rows.within(region[0]) if region else rows,
             self._stored(job.interface, part, device, keep, region),
         )
         if rows.n_rows == 0:
             return interface
-        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch, region)
+        merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)
         if isinstance(merged, Fused):
             shape = (rows.n_rows, *interface.shape[1:])
             merged = Stored(interface.encoding, (merged.result().view(shape),))
@@ -259,22 +308,21 @@ class Materializer:
         self,
         part: Part,
         job: _Job,
-        stored: list[Stored],
+        source: Callable[[int], Stored],
         device: torch.device,
         watch: Watcher | None,
         region: Region | None,
     ) -> Stored | Fused:
-        """What a job makes of its sources, or of that region of them."""
+        """What a job makes of its sources, source(0) being the base, or of that region of them."""
         if job.method is None:
-            return stored[0].as_output(CHUNK_ELEMENTS)
-        method = job.method
-        base, *donors = (source.operand for source in stored)
+            return source(0).as_output(CHUNK_ELEMENTS)
+        method, (base, *donors) = job.method, self._operands(part, job, source)
         operands = dict(zip(job.sources, (base, *donors), strict=True))
         stats = self._measure(part, job, device, self._whole(part, device) if region else operands.__getitem__)
         if method.copy_once_measured:
             copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
             if copied is not None:
-                return stored[copied].as_output(CHUNK_ELEMENTS)
+                return source(copied).as_output(CHUNK_ELEMENTS)
         arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
         keys = self._noise_keys(part, job) if method.random else ()
         corner, width = self._place(part, region) if region else ((0, 0), None)
@@ -282,8 +330,23 @@ class Materializer:
         if compiled := merge.compiled():
             self._n_compiled += 1
             return compiled
-        output, shape = stored[0].encoding.output, stored[0].shape
+        output, shape = source(0).encoding.output, source(0).shape
         return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
+
+    def _operands(self, part: Part, job: _Job, source: Callable[[int], Stored]) -> list[Operand]:
+        """The base, then the donors: themselves, or what is left of them."""
+        base = source(0).operand
+        if self._deltas is None or not self._is_compressed(part, job):
+            return [base, *(source(i).operand for i in range(1, len(job.sources)))]
+        donors = (
+            self._deltas.donor(name, part, base, lambda i=i: source(i).operand)  # type: ignore[misc]
+            for i, name in enumerate(job.sources[1:], 1)
+        )
+        return [base, *donors]
+
+    def _is_compressed(self, part: Part, job: _Job) -> bool:
+        covered = self._deltas is not None and self._deltas.covers(self._matrix(part))
+        return job.compressed and covered and part.tensor not in self._common
 
     def _whole(self, part: Part, device: torch.device) -> Callable[[str], Operand]:
         """Reads sources of a part as a whole, to be measured; nothing is kept beyond that."""
@@ -297,9 +360,7 @@ class Materializer:
 
     def _place(self, part: Part, region: Region) -> tuple[tuple[int, int], int]:
         """Corner of a region, and width of its part."""
-        shape = next(iter(self._checkpoints.values())).entries[part.tensor].shape
-        _, width = matrix_shape(shape if part.row is None else shape[1:])
-        return (region[0].start, region[1].start), width
+        return (region[0].start, region[1].start), self._matrix(part)[1]
 
     def _measure(self, part: Part, job: _Job, device: torch.device, operand: Callable[[str], Operand]) -> Any:
         """What the job's method wants to know of the whole part; measured once, then remembered."""
@@ -310,7 +371,7 @@ class Materializer:
         arguments = {name: job.arguments[name] for name in measure.knobs}
 
         def stats(names: tuple[str, ...], knobs: Mapping[str, float]) -> Stats:
-            key = (measure.function, part, device, job.sources[0], names, measure.key(**knobs))
+            key = (measure.function, part, device, job.compressed, job.sources[0], names, measure.key(**knobs))
             if key not in self._stats:
                 self._stats[key] = measure.function([operand(n) for n in names], operand(job.sources[0]), **knobs)
             return self._stats[key]
@@ -330,6 +391,7 @@ class Materializer:
         self, source: str, part: Part, device: torch.device, keep: bool, region: Region | None = None
     ) -> Stored:
         """A part of a source, or no more than a region of it."""
+        keep = keep and self._keeps(source)
         pieces = (self._pieces.read(piece, device, keep=keep) for piece in self._wanted(source, part, region))
         return Stored(self._checkpoints[source].entries[part.tensor].encoding, tuple(pieces))
 
@@ -352,6 +414,7 @@ class Materializer:
             for part, job in following
             for target in self._targets[part]
             for source in dict.fromkeys((*job.sources, *([job.interface] if part.tensor in self._common else ())))
+            if self._keeps(source)
             for piece in self._wanted(source, part, target.region)
         ]
         self._pieces.prefetch(wanted)

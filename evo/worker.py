@@ -48,17 +48,20 @@ class Worker:
         """Of the engine; None while an automatic choice has not been made."""
         return self._engine.batch_size
 
-    def evaluate(self, candidate: Candidate, split: Split, limit: int | None = None) -> Evaluation:
+    def evaluate(
+        self, candidate: Candidate, split: Split, limit: int | None = None, *, compressed: bool = False
+    ) -> Evaluation:
         """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it.
 
         Args:
             candidate: what to evaluate.
             split: whose problems.
             limit: the first so many of them; None for all.
+            compressed: whether donors may be merged as they are compressed.
         """
         start = time.perf_counter()
         try:
-            report = self._engine.update(candidate.recipe.to_dict())
+            report = self._engine.update({**candidate.recipe.to_dict(), "compressed": compressed})
             problems = self._problems_of(split)[:limit]
             generate_start = time.perf_counter()
             score, completions = self._evaluator.evaluate(problems)
@@ -84,6 +87,7 @@ class Worker:
                 "n_skipped": report.n_skipped,
                 "n_compiled": report.n_compiled,
                 "samples": self._samples(problems, completions),
+                **({"delta_errors": dict(report.delta_errors)} if compressed else {}),
             },
         )
 

@@ -47,8 +47,9 @@ def test_device_and_pinned_keep_a_copy_and_disk_keeps_none(moe_parents, monkeypa
     checkpoint = Checkpoint.open(moe_parents["a"])
     cpu, name = torch.device("cpu"), next(iter(checkpoint.headers))
     cut = Piece(checkpoint, name, cut=(slice(0, 4),))
+    read = Checkpoint.tensor
     for kind in KINDS:
-        pieces, n_reads, read = Pieces(kind), [], Checkpoint.tensor
+        pieces, n_reads = Pieces(kind), []
         monkeypatch.setattr(Checkpoint, "tensor", lambda *a, n_reads=n_reads: n_reads.append(1) or read(*a))
         first, second = pieces.read(cut, cpu), pieces.read(cut, cpu)
         monkeypatch.setattr(Checkpoint, "tensor", read)
@@ -63,5 +64,5 @@ def test_auto_takes_what_fits(monkeypatch):
     ]  # fmt: skip
     assert choose(Residency.AUTO, cpu, 1) is Residency.DISK
     assert choose(Residency.PINNED, gpu, 10**9) is Residency.PINNED
-    with pytest.raises(ValueError, match="pinned.*expected 'device', 'disk' or 'auto'"):
+    with pytest.raises(ValueError, match=r"pinned.*expected 'device', 'disk' or 'auto'"):
         choose(Residency.PINNED, cpu, 1)

@@ -77,6 +77,7 @@ class LowRankSum:
         self.shape, self.device = base.shape, base.device
 
     def numel(self) -> int:
+        """R C."""
         return self._base.numel()
 
     def __getitem__(self, block: Any) -> Tensor:
