@@ -214,7 +214,7 @@ class Config(_Section):
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
     seed: int = Field(0, ge=0)
-    memory: Memory = Field(default_factory=Memory)
+    memory: Memory = Field(default_factory=lambda: Memory.model_validate({}))
     tracking: Tracking = Field(default_factory=Tracking)
 
     @model_validator(mode="after")

@@ -129,7 +129,7 @@ class Pieces:
         if device.type != "cuda":
             return contextlib.nullcontext()
         if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._streams[device])
 
     def _receive(self, tensor: Tensor) -> None:
