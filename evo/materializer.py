@@ -8,7 +8,6 @@ whole parts is read and merged for these only, and their union is the same model
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import time
@@ -25,7 +24,8 @@ from evo.copies import tied_heads, unscored_copies
 from evo.deltas import EXACT, Deltas, parse
 from evo.encodings import Stored, Watcher, stack
 from evo.encodings.rounding import Rounding
-from evo.merge import Method, Stats, get_method
+from evo.job import Job
+from evo.merge import Stats
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import Operand, Region, matrix_shape
 from evo.merge.kernels import Fused
@@ -34,13 +34,12 @@ from evo.residency import Piece, Pieces, Residency, bytes_of, choose
 from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
-from search_spaces.recipe import Recipe, Rule
+from search_spaces.recipe import Recipe
 
 CHUNK_ELEMENTS = 1 << 18
 """Parts are merged in blocks of this size: float32 temporaries take 1 MiB each, and stay in the cache."""
 
 _Key = tuple[Any, ...]
-_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -56,48 +55,6 @@ class UpdateReport:
     seconds: float
     delta_errors: Mapping[str, float] = field(default_factory=dict)
     """Source -> relative error of its compressed differences; empty where none were used."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A rule made ready to run, the same for every part that it selects; without a method, a copy."""
-
-    sources: tuple[str, ...]
-    """The base, then the donors."""
-    interface: str
-    """Whose rows are taken where vocabularies differ."""
-    method: Method | None = None
-    coefficients: tuple[float, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    key: _Key = ()
-    """All that a part depends on besides its sources' bits, which never change while they are open."""
-    compressed: bool = False
-    """Whether donors are merged as they are compressed."""
-
-    @classmethod
-    def copy(cls, source: str, interface: str) -> _Job:
-        """The stored bits of a source."""
-        return cls((source,), interface, key=(interface, source))
-
-    @classmethod
-    def of(cls, recipe: Recipe, rule: Rule, compressed: bool = False) -> _Job:
-        """A rule's job; a copy is never compressed.
-
-        Raises:
-            ValueError: if its method or a knob is unknown, or a knob is out of range.
-        """
-        method, donors = get_method(rule.method), tuple(rule.coefficients)
-        coefficients, sources = tuple(rule.coefficients.values()), (recipe.base, *donors)
-        try:
-            arguments = method.arguments(rule.knobs, donors)
-        except ValueError as error:
-            raise ValueError(f"{rule.method}: {error}") from None
-        if (copied := method.copy_of(coefficients, **arguments)) is not None:
-            return cls.copy(sources[copied], recipe.interface)
-        seed = recipe.seed if method.random else 0
-        key = (recipe.interface, rule.method, *sources, *coefficients, *arguments.values(), seed, compressed)
-        return cls(sources, recipe.interface, method, coefficients, arguments, seed, key, compressed)
 
 
 class Materializer:
@@ -217,7 +174,7 @@ class Materializer:
         entries = {part: [c.entries[part.tensor] for c in self._checkpoints.values()] for part in parts}
         return {part: found for part in parts if (found := targets_of(part, entries[part], slots))}
 
-    def _write(self, part: Part, job: _Job, slot: Tensor, region: Region | None) -> None:
+    def _write(self, part: Part, job: Job, slot: Tensor, region: Region | None) -> None:
         made = self._part(part, job, slot.device, True, region=region)
         if isinstance(made, Fused):
             made.into(slot)
@@ -265,18 +222,17 @@ class Materializer:
                 rows = [one.to("cpu") for one in made if isinstance(one, Stored)]
                 yield from _named(name, rows[0] if of[0].row is None else stack(rows))
             self._stats.clear()  # measured for this tensor alone
-            _give_back_memory()
 
-    def _assign(self, recipe: Recipe, compressed: bool = False) -> dict[Part, _Job]:
+    def _assign(self, recipe: Recipe, compressed: bool = False) -> dict[Part, Job]:
         """Part -> job."""
-        jobs = {id(rule): _Job.of(recipe, rule, compressed) for rule in recipe.rules}
-        copy = _Job.copy(recipe.base, recipe.interface)
+        jobs = {id(rule): Job.of(recipe, rule, compressed) for rule in recipe.rules}
+        copy = Job.copy(recipe.base, recipe.interface)
         return {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
 
     def _part(
         self,
         part: Part,
-        job: _Job,
+        job: Job,
         device: torch.device,
         keep: bool,
         watch: Watcher | None = None,
@@ -307,7 +263,7 @@ class Materializer:
     def _merged(
         self,
         part: Part,
-        job: _Job,
+        job: Job,
         source: Callable[[int], Stored],
         device: torch.device,
         watch: Watcher | None,
@@ -333,7 +289,7 @@ class Materializer:
         output, shape = source(0).encoding.output, source(0).shape
         return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
 
-    def _operands(self, part: Part, job: _Job, source: Callable[[int], Stored]) -> list[Operand]:
+    def _operands(self, part: Part, job: Job, source: Callable[[int], Stored]) -> list[Operand]:
         """The base, then the donors: themselves, or what is left of them."""
         base = source(0).operand
         if self._deltas is None or not self._is_compressed(part, job):
@@ -344,7 +300,7 @@ class Materializer:
         )
         return [base, *donors]
 
-    def _is_compressed(self, part: Part, job: _Job) -> bool:
+    def _is_compressed(self, part: Part, job: Job) -> bool:
         covered = self._deltas is not None and self._deltas.covers(self._matrix(part))
         return job.compressed and covered and part.tensor not in self._common
 
@@ -362,7 +318,7 @@ class Materializer:
         """Corner of a region, and width of its part."""
         return (region[0].start, region[1].start), self._matrix(part)[1]
 
-    def _measure(self, part: Part, job: _Job, device: torch.device, operand: Callable[[str], Operand]) -> Any:
+    def _measure(self, part: Part, job: Job, device: torch.device, operand: Callable[[str], Operand]) -> Any:
         """What the job's method wants to know of the whole part; measured once, then remembered."""
         assert job.method is not None
         measure = job.method.measure
@@ -383,7 +339,7 @@ class Materializer:
             for d, name in enumerate(job.sources[1:])
         ]
 
-    def _noise_keys(self, part: Part, job: _Job) -> list[Key]:
+    def _noise_keys(self, part: Part, job: Job) -> list[Key]:
         """A stream of random numbers for each donor."""
         return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
 
@@ -407,7 +363,7 @@ class Materializer:
         cuts = entry.encoding.cut(shape, (slice(min(rows.start, n_rows), min(rows.stop, n_rows)), columns))
         return [Piece(*held, cut=expert + cut) for held, cut in zip(holders, cuts, strict=True)]
 
-    def _prefetch(self, following: Sequence[tuple[Part, _Job]]) -> None:
+    def _prefetch(self, following: Sequence[tuple[Part, Job]]) -> None:
         """Begin to bring what will be merged next to where it is merged."""
         wanted = [
             (piece, target.slot.device)
@@ -424,15 +380,6 @@ def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused
     """The tensors of a file that it is stored as."""
     for suffix, piece in zip(stored.encoding.suffixes, stored.pieces, strict=True):
         yield name + suffix, [piece]
-
-
-def _give_back_memory() -> None:
-    """What has been freed goes back to the system, where the C library is glibc: its heap would go on growing as
-    temporaries of many sizes come and go.
-    """
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _check_complete(slots: Slots, checkpoint: Checkpoint) -> None:

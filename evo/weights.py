@@ -7,6 +7,7 @@ wait for at the end.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections import deque
@@ -29,6 +30,8 @@ N_BLOCKS = 8
 SYNC_BYTES = 64 << 20
 """How much is written before the disk is asked to take it."""
 
+_LIBC = ctypes.CDLL(None)
+
 Stretch = Tensor | Fused
 """Consecutive elements of a tensor, or the loop that makes them."""
 
@@ -49,10 +52,12 @@ def write_weights(
     Raises:
         OSError: if they cannot be written.
     """
-    files = _Files(interface, folder)
+    files, hashes = _Files(interface, folder), {}
     try:
         with _Workers(files) as workers:
-            hashes = {name: workers.write(name, stretches) for name, stretches in tensors}
+            for name, stretches in tensors:
+                hashes[name] = workers.write(name, stretches)
+                give_back_memory()
     finally:
         files.close()
     files.write_index()
@@ -149,3 +154,12 @@ class _Files:
         if names != {SINGLE_FILE}:
             index = {"metadata": {"total_size": self._n_bytes}, "weight_map": self._weight_map}
             (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
+
+
+def give_back_memory() -> None:
+    """What has been freed goes back to the system, where the C library is glibc: its heap would go on growing as
+    temporaries of many sizes come and go.
+    """
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
