@@ -13,7 +13,7 @@ parents:
   concise: c
 space: {kind: block, roles: [[attention, norm], [ffn]]}
 task: {kind: arithmetic, search: 32}
-engine: {max_tokens: 64, dtype: float32, device: cpu}
+engine: {max_tokens: 64, dtype: float32}
 optimizer: {kind: cma_es, sigma: 0.2}
 budget: {candidates: 10}
 """
@@ -46,7 +46,10 @@ def test_task_arithmetic_starts_from_the_ancestor(write):
 MISTAKES = {  # what is changed -> what the message must hold
     ("budget: {candidates: 10}", "budgt: {candidates: 10}"): ["search.yaml:8", "budgt", "did you mean 'budget'?"],
     ("budget: {candidates: 10}", ""): ["the key 'budget' is missing"],
-    ("budget:", "memory: {residency: pinned}\nbudget:"): ["search.yaml:8: memory.residency", "expected device, disk"],
+    ("float32}", "float32, device: cpu}\nmemory: {residency: pinned}"): [
+        "search.yaml:7: memory.residency",
+        "device, disk",
+    ],
     ("budget:", "memory: {deltas: int3}\nbudget:"): ["search.yaml:8: memory.deltas", "int8", "got 'int3'"],
     ("candidates: 10", "candidates: many"): ["search.yaml:8: budget.candidates", "valid integer", "'many'"],
     ("candidates: 10", "candidates: 0"): ["budget.candidates", "greater than or equal to 1", "got 0"],
