@@ -102,7 +102,7 @@ class Materializer:
             raise ValueError(f"memory.deltas: {deltas!r} cannot be had of shards: expected 'exact'")
         self._base = base if compression else None
         self._deltas = Deltas(compression) if compression else None
-        chosen = choose(residency, home, self._n_bytes())
+        chosen = choose(residency, home, self._n_bytes(), shards=partial)
         if self._deltas:
             self._deltas.on_device = chosen is Residency.DEVICE
         self._pieces = Pieces(chosen)

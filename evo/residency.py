@@ -37,13 +37,14 @@ class Residency(StrEnum):
     DISK = "disk"
 
 
-def choose(residency: Residency, device: torch.device, n_bytes: int) -> Residency:
+def choose(residency: Residency, device: torch.device, n_bytes: int, *, shards: bool = False) -> Residency:
     """What `auto` means here, or a check that the choice can be had.
 
     Args:
         residency: what was asked for.
         device: where the resident model is.
         n_bytes: of all sources.
+        shards: whether pieces of tensors are held, which are cut out of the files and so copies.
 
     Raises:
         ValueError: if pinned memory was asked for and there is no GPU to copy it to.
@@ -55,8 +56,8 @@ def choose(residency: Residency, device: torch.device, n_bytes: int) -> Residenc
         )
     if residency is not Residency.AUTO:
         return residency
-    if device.type != "cuda":
-        return Residency.DISK  # mapped pages are memory already, as long as there is room
+    if device.type != "cuda":  # mapped pages are memory already, as long as there is room
+        return Residency.DEVICE if shards else Residency.DISK
     if n_bytes <= SHARE * free_bytes(device):
         return Residency.DEVICE
     fits = n_bytes <= SHARE * free_bytes(torch.device("cpu"))

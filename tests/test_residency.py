@@ -20,7 +20,7 @@ def recipe_of(parents, share):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_residencies_have_the_same_bits(moe_parents, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("evo.materializer.choose", lambda kind, device, n_bytes: kind)  # pinned without a GPU
+    monkeypatch.setattr("evo.materializer.choose", lambda kind, *_, **__: kind)  # pinned without a GPU
     parents = {n: pack(p, tmp_path / n) for n, p in moe_parents.items()} if packed else moe_parents
     checkpoints = {name: Checkpoint.open(path) for name, path in parents.items()}
     entries = checkpoints["base"].entries
@@ -63,6 +63,7 @@ def test_auto_takes_what_fits(monkeypatch):
         Residency.DEVICE, Residency.PINNED, Residency.PINNED, Residency.DISK
     ]  # fmt: skip
     assert choose(Residency.AUTO, cpu, 1) is Residency.DISK
+    assert choose(Residency.AUTO, cpu, 1, shards=True) is Residency.DEVICE
     assert choose(Residency.PINNED, gpu, 10**9) is Residency.PINNED
     with pytest.raises(ValueError, match=r"pinned.*expected 'device', 'disk' or 'auto'"):
         choose(Residency.PINNED, cpu, 1)
