@@ -27,7 +27,7 @@ BLOCK_BYTES = 1 << 20
 """Merged, hashed and written while it is in the cache."""
 N_BLOCKS = 8
 """Blocks in memory: one is filled, the others wait to be hashed and written."""
-SYNC_BYTES = 64 << 20
+SYNC_BYTES = 32 << 20
 """How much is written before the disk is asked to take it."""
 
 _LIBC = ctypes.CDLL(None)
