@@ -7,15 +7,11 @@ interface parent's; everything else is merged. Written into an export as account
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-
-import torch
-from torch import Tensor
 
 from evo.checkpoint import Checkpoint
 from evo.copies import tied_heads, unscored_copies
@@ -98,12 +94,6 @@ def _account(recipe: Recipe, rule: Rule, i: int) -> Account:
     if copied is None:
         return Account(How.MERGED, inputs, (rule.method,), (i,))
     return Account(How.COPIED, ((recipe.base, *donors)[copied],), (), (i,))
-
-
-def sha256(tensor: Tensor) -> str:
-    """Of the bytes of a tensor on the CPU, as a file holds them."""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def to_json(accounts: Mapping[str, Account], hashes: Mapping[str, str]) -> str:

@@ -85,6 +85,7 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
         engine,
         task,
         {name: str(path) for name, path in config.sources.items()},
+        memory={**config.memory.model_dump(), "base": config.space_base},
         max_tokens=config.engine.max_tokens,
         objectives=config.objectives,
         orderliness=config.orderliness,

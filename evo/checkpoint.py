@@ -143,6 +143,17 @@ class Checkpoint:
         pieces = {e.name + suffix: e.pieces[0] for e in self.entries.values() for suffix in e.encoding.output.suffixes}
         return {piece: self.weight_map.get(piece) or self.weight_map[first] for piece, first in pieces.items()}
 
+    def written_headers(self) -> dict[str, TensorHeader]:
+        """Of the same tensors."""
+        headers: dict[str, TensorHeader] = {}
+        for entry in self.entries.values():
+            output = entry.encoding.output
+            if output == entry.encoding:
+                headers |= {piece: self.headers[piece] for piece in entry.pieces}
+            else:
+                headers[entry.name] = TensorHeader(str(output), entry.shape)
+        return headers
+
     @property
     def quantization(self) -> dict[str, Any]:
         """What config.json says of how weights are stored."""

@@ -179,6 +179,17 @@ class Tracking(_Section):
     experiment: str = "mergefront"
 
 
+class Memory(_Section):
+    """Where what is merged lives between candidates."""
+
+    residency: Literal["auto", "device", "pinned", "disk"] = "auto"
+    """Where the tensors of base and donors live: on the engine's device, in pinned host memory, or on disk; see
+    evo.residency. Safe to change between sittings: bits are the same."""
+    deltas: str = Field("exact", pattern=r"^(exact|int8|int4|low_rank\([1-9]\d{0,3}\))$")
+    """How differences of donors to the base are held while searching: "exact", "int8", "int4" or "low_rank(RANK)". What
+    would be a member of the front is scored again with the donors themselves."""
+
+
 class Config(_Section):
     """One search."""
 
@@ -203,6 +214,7 @@ class Config(_Section):
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
     seed: int = Field(0, ge=0)
+    memory: Memory = Field(default_factory=lambda: Memory.model_validate({}))
     tracking: Tracking = Field(default_factory=Tracking)
 
     @model_validator(mode="after")
@@ -246,7 +258,7 @@ class Config(_Section):
 
 
 TABLE_FILES = (".jsonl", ".json", ".parquet")
-SAFE_KEYS = ("budget", "tracking", "engine.threads")
+SAFE_KEYS = ("budget", "tracking", "engine.threads", "memory.residency")
 """Keys that may differ when a run goes on; any other would make its results incomparable."""
 
 
@@ -274,7 +286,7 @@ def load_config(path: str | Path) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
     config, places = _resolve_paths(config, path.resolve().parent)
-    places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config)]
+    places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config), *_check_memory(config)]
     problems = [at(path, lines, place, message) for place, message in places]
     problems += [_describe(path, lines, error, config) for error in _check_options(config)]
     if problems:
@@ -391,6 +403,15 @@ def _check_capabilities(config: Config) -> Iterator[tuple[tuple[str, ...], str]]
                 f"{kind!r} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
                 f"engines that have it: {able}",
             )
+
+
+def _check_memory(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    device = config.engine.options.get("device", "auto")
+    if config.memory.residency == "pinned" and device == "cpu":
+        yield (
+            ("memory", "residency"),
+            "'pinned' is host memory that a GPU copies from, but engine.device is 'cpu': expected device, disk or auto",
+        )
 
 
 def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tuple[str, ...], str]]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 
 from evo.checkpoint import Checkpoint
 from search_spaces.layout import Role
+
+_copies: WeakKeyDictionary[Checkpoint, dict[str, str]] = WeakKeyDictionary()
 
 
 def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
@@ -21,8 +25,14 @@ def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
 def unscored_copies(checkpoint: Checkpoint) -> dict[str, str]:
     """Unscored tensor -> the embedding or head whose bits it has, as in DeepSeek's multi-token prediction.
 
-    Reads the candidates: the tensors of the same shape.
+    Reads the candidates, the tensors of the same shape, once.
     """
+    if checkpoint not in _copies:
+        _copies[checkpoint] = _find_copies(checkpoint)
+    return _copies[checkpoint]
+
+
+def _find_copies(checkpoint: Checkpoint) -> dict[str, str]:
     originals = [p.tensor for p in checkpoint.layout.parts if p.role in (Role.EMBEDDING, Role.HEAD)]
     found: dict[str, str] = {}
     for name in checkpoint.layout.unscored:

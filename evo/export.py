@@ -1,8 +1,8 @@
 """Writes a member of a front to disk as a checkpoint that plain `transformers` loads.
 
 The tensors come from the same function that wrote them into the resident model, rounded to the same stored
-dtype, so that loading the export gives the bits that were scored. Files are laid out as the interface parent's are, and
-one tensor at a time is held in memory. Everything is written beside the target and moved in place at the end.
+dtype, so that loading the export gives the bits that were scored. Files are laid out as the interface parent's are.
+Everything is written beside the target and moved in place at the end.
 """
 
 from __future__ import annotations
@@ -14,26 +14,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from evo.accounting import ACCOUNTING_FILE, account, sha256, summary, to_json
+from evo.accounting import ACCOUNTING_FILE, Account, account, summary, to_json
 from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
-from evo.checkpoint import INDEX_FILE, INTERFACE_FILES, SINGLE_FILE, Checkpoint
+from evo.checkpoint import INTERFACE_FILES, Checkpoint
 from evo.config import Config
-from evo.encodings import TensorHeader
 from evo.encodings.mxfp4 import Mxfp4
 from evo.encodings.rounding import Rounding
 from evo.front import read_front
 from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.mergekit.writer import MERGEKIT_FILE, CannotSayError, write_mergekit
-from evo.safetensors_writer import SafetensorsWriter
+from evo.weights import write_weights
 from search_spaces.recipe import Recipe
 
 
@@ -48,17 +44,19 @@ class Told:
     files: dict[str, str]
     """Name -> text."""
     lines: tuple[str, ...]
+    accounts: dict[str, Account]
 
     @classmethod
     def of(cls, recipe: Recipe, sources: dict[str, Checkpoint]) -> Told:
         """The recipe, in our words and if possible in mergekit's, and where its tensors come from."""
-        files, lines = {"recipe.yaml": recipe.to_yaml()}, [summary(account(recipe, sources))]
+        accounts = account(recipe, sources)
+        files, lines = {"recipe.yaml": recipe.to_yaml()}, [summary(accounts)]
         try:
             files[MERGEKIT_FILE], notes = write_mergekit(recipe, sources)
             lines += [f"{MERGEKIT_FILE}: {note}" for note in notes]
         except CannotSayError as error:
             lines.append(f"no {MERGEKIT_FILE}: {error}")
-        return cls(files, tuple(lines))
+        return cls(files, tuple(lines), accounts)
 
 
 def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
@@ -90,7 +88,7 @@ def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
         recipe = row.ask.recipe_in(lambda: build_space(config, sources, ledger.meta("digests")))
     told = Told.of(recipe, sources)
     files = {**told.files, "README.md": model_card(row, recipe, front, config, told.lines, caveat)}
-    write_checkpoint(recipe, sources, out, files, force=force)
+    write_checkpoint(recipe, sources, out, files, told.accounts, force=force)
     return told
 
 
@@ -111,9 +109,23 @@ def check_target(out: Path, inputs: list[Path], force: bool) -> None:
 
 
 def write_checkpoint(
-    recipe: Recipe, sources: dict[str, Checkpoint], out: Path, extra_files: dict[str, str], *, force: bool = False
+    recipe: Recipe,
+    sources: dict[str, Checkpoint],
+    out: Path,
+    extra_files: dict[str, str],
+    accounts: dict[str, Account] | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Write a recipe's checkpoint, whole or not at all.
+
+    Args:
+        recipe: what to build.
+        sources: name -> checkpoint.
+        out: the new checkpoint's folder.
+        extra_files: name -> text of files beside the weights.
+        accounts: what `account` says of the recipe, if it has been asked already.
+        force: replace `out` if it is not empty.
 
     Raises:
         CheckpointError: if a parent cannot be read, or holds NaN or Inf.
@@ -122,45 +134,14 @@ def write_checkpoint(
     _check_room(sources[recipe.interface], out)
     with _beside(out, force) as folder:
         interface, rounding = sources[recipe.interface], Rounding()
-        hashes = _write_weights(Materializer(sources).stream(recipe, rounding), interface, folder)
+        hashes = write_weights(Materializer(sources).stretches(recipe, rounding), interface, folder)
         _copy_interface(interface, folder)
-        (folder / ACCOUNTING_FILE).write_text(to_json(account(recipe, sources), hashes))
+        (folder / ACCOUNTING_FILE).write_text(to_json(accounts or account(recipe, sources), hashes))
         for name, text in extra_files.items():
             (folder / name).write_text(text)
         if rounding.errors:
             with (folder / "README.md").open("a") as card:
                 card.write(f"\n## Rounding\n\n{rounding.summary()}\n")
-
-
-def _write_weights(tensors: Iterator[tuple[str, Tensor]], interface: Checkpoint, folder: Path) -> dict[str, str]:
-    """Tensor by tensor, each to its place: `tensors` comes in the order of the index, which may jump between files.
-
-    Returns:
-        tensor -> SHA-256 of its bytes, computed beside the merging.
-    """
-    weight_map, headers = interface.written_map(), _written_headers(interface)
-    writers: dict[str, SafetensorsWriter] = {}
-    hashes: dict[str, Future[str]] = {}
-    hashing: list[Future[str]] = []
-    n_bytes = 0
-    try:
-        with ThreadPoolExecutor(1) as pool:  # hashing lets go of the interpreter
-            for name, tensor in tensors:
-                if (file := weight_map[name]) not in writers:
-                    inside = {n: header for n, header in headers.items() if weight_map[n] == file}
-                    writers[file] = SafetensorsWriter(folder / file, inside)
-                wait(hashing)  # so that two tensors at most are in memory
-                hashes[name] = pool.submit(sha256, tensor)
-                hashing = [hashes[name]]
-                writers[file].write(name, tensor)
-                n_bytes += tensor.numel() * tensor.element_size()
-    finally:
-        complete = [writer.close() for writer in writers.values()]
-    assert all(complete) and len(writers) == len({*weight_map.values()}), "every tensor of every file has been streamed"
-    if set(weight_map.values()) != {SINGLE_FILE}:
-        index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
-    return {name: future.result() for name, future in hashes.items()}
 
 
 def _check_room(interface: Checkpoint, out: Path) -> None:
@@ -174,18 +155,6 @@ def _check_room(interface: Checkpoint, out: Path) -> None:
     )
     if (free := shutil.disk_usage(there).free) < needed:
         raise ExportError(f"{out}: expected {needed / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB")
-
-
-def _written_headers(interface: Checkpoint) -> dict[str, TensorHeader]:
-    """Of all tensors of the files that will be written."""
-    headers: dict[str, TensorHeader] = {}
-    for entry in interface.entries.values():
-        output = entry.encoding.output
-        if output == entry.encoding:
-            headers |= {piece: interface.headers[piece] for piece in entry.pieces}
-        else:
-            headers[entry.name] = TensorHeader(str(output), entry.shape)
-    return headers
 
 
 def _copy_interface(interface: Checkpoint, folder: Path) -> None:

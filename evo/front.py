@@ -5,7 +5,7 @@ Membership is decided on the search split alone. Held-out scores are shown besid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,8 @@ class Front:
     baselines: tuple[Row, ...]
     evaluated: tuple[Row, ...]
     """Every candidate that was measured on the search split, in order."""
+    unproven: tuple[Row, ...]
+    """Would be members by their scores, but these were taken with compressed donors."""
     scale: Scale | None
     """None until the parents have been evaluated."""
     hypervolume: float
@@ -133,16 +135,27 @@ class Front:
 def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
     """The front of a run, or as it stood after a generation."""
     held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
-    entries = ledger.entries(Split.SEARCH)
-    asks = ledger.asks()  # last: a live run may add to all three meanwhile
-    rows = [
-        Row(asks[entry.candidate_id], entry, held_out.get(entry.candidate_id))
-        for entry in entries
-        if entry.losses is not None
-    ]
+    entries, proofs = ledger.entries(Split.SEARCH), ledger.proofs()
+    asks = ledger.asks()  # last: a live run may add to all of them meanwhile
+    rows = rows_of(entries, proofs, asks, held_out)
     if until_generation is not None:
         rows = [row for row in rows if row.ask.generation <= until_generation]
     return front_of(rows, tuple(ledger.meta("config")["objectives"]))
+
+
+def rows_of(
+    entries: Iterable[Entry], proofs: Mapping[int, Entry], asks: Sequence[Ask], held_out: Mapping[int, Entry]
+) -> list[Row]:
+    """Rows of the evaluations that gave scores. What has been scored again with exact donors has these scores.
+
+    Args:
+        entries: on the search split.
+        proofs: candidate id -> its evaluation with exact donors.
+        asks: candidate id -> its ask.
+        held_out: candidate id -> its evaluation on the held-out split.
+    """
+    last = (proofs.get(entry.candidate_id, entry) for entry in entries)
+    return [Row(asks[e.candidate_id], e, held_out.get(e.candidate_id)) for e in last if e.losses is not None]
 
 
 def front_of(rows: Sequence[Row], objectives: tuple[str, ...]) -> Front:
@@ -152,20 +165,21 @@ def front_of(rows: Sequence[Row], objectives: tuple[str, ...]) -> Front:
 
 def extended(front: Front, row: Row, objectives: tuple[str, ...]) -> Front:
     """The front with one more measured candidate: what was dominated before stays so."""
-    return _assemble((*front.evaluated, row), (*front.members, row), objectives)
+    return _assemble((*front.evaluated, row), (*front.members, *front.unproven, row), objectives)
 
 
 def _assemble(evaluated: Sequence[Row], contenders: Sequence[Row], objectives: tuple[str, ...]) -> Front:
     parents = tuple(row for row in evaluated if row.ask.origin is Origin.PARENT)
     scale = Scale.of_parents(objectives, [row.losses for row in parents]) if parents else None
     feasible = [row for row in contenders if row.search.feasible]
-    keep = nondominated([row.losses for row in feasible])
-    members = _without_twins([row for row, kept in zip(feasible, keep, strict=True) if kept])
+    members = _nondominated([row for row in feasible if row.search.exact])
+    unproven = [row for row in _nondominated([*members, *feasible]) if not row.search.exact]
     return Front(
         members=tuple(sorted(members, key=lambda row: (_tokens(row), row.ask.id))),
         parents=parents,
         baselines=tuple(row for row in evaluated if row.ask.origin is Origin.BASELINE),
         evaluated=tuple(evaluated),
+        unproven=tuple(unproven),
         scale=scale,
         hypervolume=scale.hypervolume([row.losses for row in members]) if scale and members else 0.0,
     )
@@ -181,6 +195,11 @@ def spread(rows: Sequence[Row], limit: int) -> list[Row]:
 def percent(scores: Mapping[str, Any]) -> str:
     """Accuracy and its standard error of Row.to_dict(...), as tables write them."""
     return f"{100 * scores['accuracy']:.1f} ± {100 * scores['accuracy_stderr']:.1f}"
+
+
+def _nondominated(rows: Sequence[Row]) -> list[Row]:
+    keep = nondominated([row.losses for row in rows])
+    return _without_twins([row for row, kept in zip(rows, keep, strict=True) if kept])
 
 
 def _without_twins(rows: Sequence[Row]) -> list[Row]:

@@ -7,10 +7,10 @@ bookkeeping; here an append costs the same at any length.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from evo.config import Budget
-from evo.front import Front, Row, extended, front_of
+from evo.front import Front, Row, extended, front_of, rows_of
 from evo.ledger import Ask, Entry, Ledger
 from evo.types import Candidate, Evaluation
 from fitness.types import Split
@@ -28,6 +28,8 @@ class History:
             split: {entry.candidate_id: entry for entry in ledger.entries(split)} for split in Split
         }
         """Split -> candidate id -> its evaluation."""
+        self.proofs = ledger.proofs()
+        """Candidate id -> its evaluation with exact donors, where the one above was with compressed ones."""
         self.asks: list[Ask] = ledger.asks()
         """Candidate id -> its ask."""
         self.budget = Budget.model_validate(ledger.meta("budget"))
@@ -52,8 +54,15 @@ class History:
             self.front = self._whole_front()  # rare, and an older row has changed
             return entry
         self._count(entry)
-        if entry.losses is not None:
-            self.front = extended(self.front, self._row(entry), self._objectives)
+        for row in self._rows([entry]):  # none, if it gave no scores
+            self.front = extended(self.front, row, self._objectives)
+        return entry
+
+    def append_proof(self, evaluation: Evaluation) -> Entry:
+        """Record an evaluation with exact donors of what was scored with compressed ones."""
+        entry = self._ledger.append_evaluation(evaluation, Split.SEARCH, proof=True)
+        self.proofs[entry.candidate_id] = entry
+        self.front = self._whole_front()
         return entry
 
     @property
@@ -80,12 +89,10 @@ class History:
         return any(self.spent[key] >= limit for key, limit in limits.items())
 
     def _whole_front(self) -> Front:
-        measured = (entry for entry in self.entries[Split.SEARCH].values() if entry.losses is not None)
-        return front_of([self._row(entry) for entry in measured], self._objectives)
+        return front_of(self._rows(self.entries[Split.SEARCH].values()), self._objectives)
 
-    def _row(self, entry: Entry) -> Row:
-        held_out = self.entries[Split.HELD_OUT].get(entry.candidate_id)
-        return Row(self.asks[entry.candidate_id], entry, held_out)
+    def _rows(self, entries: Iterable[Entry]) -> list[Row]:
+        return rows_of(entries, self.proofs, self.asks, self.entries[Split.HELD_OUT])
 
     def _count(self, entry: Entry) -> None:
         self.spent["candidates"] += 1

@@ -28,6 +28,8 @@ from search_spaces.recipe import Recipe
 
 FORMAT = 1
 FILE = "ledger.sqlite"
+PROOF = "search, exact donors"
+"""Stands for the search split in the rows that score a candidate again, exactly."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -113,6 +115,11 @@ class Entry:
     detail: dict[str, Any]
 
     @property
+    def exact(self) -> bool:
+        """Whether the model that was scored is the one that an export writes: no donor was compressed."""
+        return "delta_errors" not in self.detail
+
+    @property
     def feasible(self) -> bool:
         """Measured, and within every constraint."""
         return self.status is Status.DONE and not self.violations
@@ -195,15 +202,21 @@ class Ledger:
             self._db.executemany("INSERT INTO asks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", numbered)
         return list(self._asks("seq >= ?", (first,)))
 
-    def append_evaluation(self, evaluation: Evaluation, split: Split) -> Entry:
-        """Record what became of a candidate, and return it as later readers will see it."""
+    def append_evaluation(self, evaluation: Evaluation, split: Split, *, proof: bool = False) -> Entry:
+        """Record what became of a candidate, and return it as later readers will see it.
+
+        Args:
+            evaluation: what to record.
+            split: on which it was.
+            proof: whether it was on the search split before, with compressed donors, and this is with exact ones.
+        """
         score = evaluation.score
         with self._db:
             seq = self._next_seq()
             self._db.execute(
                 "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    seq, time.time(), evaluation.candidate_id, str(split), str(evaluation.status),
+                    seq, time.time(), evaluation.candidate_id, PROOF if proof else str(split), str(evaluation.status),
                     evaluation.seconds,
                     None if evaluation.losses is None else json.dumps(evaluation.losses.tolist()),
                     json.dumps(evaluation.violations),
@@ -228,6 +241,10 @@ class Ledger:
     def entries(self, split: Split) -> list[Entry]:
         """All evaluations on a split, in the order in which they were recorded."""
         return list(self._entries("split = ?", (str(split),)))
+
+    def proofs(self) -> dict[int, Entry]:
+        """Candidate id -> its evaluation with exact donors, for those that were first scored with compressed ones."""
+        return {entry.candidate_id: entry for entry in self._entries("split = ?", (PROOF,))}
 
     def score(self, entry: Entry) -> Score:
         """The per-problem arrays of an evaluation."""
@@ -267,7 +284,8 @@ class Ledger:
         for row in self._db.execute(f"SELECT * FROM evaluations WHERE {where} ORDER BY seq", values).fetchall():
             seq, when, candidate, split, status, seconds, losses, violations, summary, detail = row
             yield Entry(
-                seq=seq, time=when, candidate_id=candidate, split=Split(split), status=Status(status),
+                seq=seq, time=when, candidate_id=candidate,
+                split=Split.SEARCH if split == PROOF else Split(split), status=Status(status),
                 seconds=seconds, losses=None if losses is None else tuple(json.loads(losses)),
                 violations=json.loads(violations), summary=None if summary is None else json.loads(summary),
                 detail=json.loads(detail),

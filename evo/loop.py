@@ -5,6 +5,7 @@ The order of every step is: the ledger first, then the optimizer, then whoever w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from evo.types import Candidate, Evaluation, Origin, Status
 from evo.worker import Worker
 from fitness.types import Split, Task
 from search_spaces.genes import Genome, SearchSpace
+
+log = logging.getLogger("mergefront")
 
 
 class ResumeError(ValueError):
@@ -59,11 +62,13 @@ class Loop:
         self._config, self._folder, self._history, self._digests = config, folder, history, digests
         self._space, self._task, self._watch = space, task, watch
         self._worker: Worker | None = None
+        self._has_told_errors = False
         self._n_first = 0  # parents and baselines, which no optimizer proposed
 
     def search(self) -> None:
         """Parents and baselines first, then generations until the budget is spent."""
         self._score_first()
+        self._prove()
         if self._must_end():
             return  # the optimizer's scale needs every parent
         optimizer, generation = self._replay()
@@ -119,6 +124,14 @@ class Loop:
                 return
             entry = self._record_evaluation(ask, self._evaluate(ask, Split.SEARCH), Split.SEARCH)
             self._tell(optimizer, entry)
+            self._prove()
+
+    def _prove(self) -> None:
+        """Score again, with exact donors, what would be a member of the front by scores with compressed ones."""
+        while self._history.front.unproven and not stop_requested(self._folder):
+            ask = self._history.front.unproven[0].ask
+            evaluation = self._evaluate(ask, Split.SEARCH, exact=True)
+            self._history.append_proof(replace(evaluation, violations=self._violations(ask, evaluation)))
 
     def _tell(self, optimizer: Optimizer, entry: Entry) -> None:
         optimizer.tell(entry.candidate_id - self._n_first, _outcome(entry))
@@ -158,14 +171,20 @@ class Loop:
             found["accuracy"] = floor - evaluation.score.accuracy
         return {name: amount for name, amount in found.items() if amount > 0}
 
-    def _evaluate(self, ask: Ask, split: Split) -> Evaluation:
+    def _evaluate(self, ask: Ask, split: Split, *, exact: bool = False) -> Evaluation:
         if self._worker is None:  # loading a model takes long, and a finished run needs none
             self._worker = build_worker(self._config, self._task, self._history.batch_size)
         recipe = ask.recipe_in(lambda: self._space)
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
-        evaluation = self._worker.evaluate(candidate, split)
+        searched = ask.origin is Origin.SEARCH and split is Split.SEARCH and not exact
+        compressed = searched and self._config.memory.deltas != "exact"
+        evaluation = self._worker.evaluate(candidate, split, compressed=compressed)
         self._history.keep_batch_size(self._worker.batch_size)
         self._history.keep_caveat(self._worker.caveat)
+        if (errors := evaluation.detail.get("delta_errors")) and not self._has_told_errors:
+            self._has_told_errors = True
+            shown = ", ".join(f"{error:.2g} ({name})" for name, error in errors.items())
+            log.warning(f"donors are held as {self._config.memory.deltas}; relative errors of differences: {shown}")
         return evaluation
 
     def _must_end(self) -> bool:

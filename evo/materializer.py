@@ -9,10 +9,10 @@ whole parts is read and merged for these only, and their union is the same model
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +21,20 @@ from torch import Tensor
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError, Cut
 from evo.copies import tied_heads, unscored_copies
+from evo.deltas import EXACT, Deltas, parse
 from evo.encodings import Stored, Watcher, stack
 from evo.encodings.rounding import Rounding
-from evo.merge import Method, Stats, get_method
+from evo.job import Job
+from evo.merge import Stats
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import Operand, Region, matrix_shape
+from evo.merge.kernels import Fused
 from evo.merge.noise import Key, stream_key
+from evo.residency import Piece, Pieces, Residency, bytes_of, choose
 from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
-from search_spaces.recipe import Recipe, Rule
+from search_spaces.recipe import Recipe
 
 CHUNK_ELEMENTS = 1 << 18
 """Parts are merged in blocks of this size: float32 temporaries take 1 MiB each, and stay in the cache."""
@@ -49,46 +53,8 @@ class UpdateReport:
     """Parts, or shards of them, that a compiled loop has merged; the others were copied, or merged on tensors."""
     written_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A rule made ready to run, the same for every part that it selects; without a method, a copy."""
-
-    sources: tuple[str, ...]
-    """The base, then the donors."""
-    interface: str
-    """Whose rows are taken where vocabularies differ."""
-    method: Method | None = None
-    coefficients: tuple[float, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    key: _Key = ()
-    """All that a part depends on besides its sources' bits, which never change while they are open."""
-
-    @classmethod
-    def copy(cls, source: str, interface: str) -> _Job:
-        """The stored bits of a source."""
-        return cls((source,), interface, key=(interface, source))
-
-    @classmethod
-    def of(cls, recipe: Recipe, rule: Rule) -> _Job:
-        """A rule's job.
-
-        Raises:
-            ValueError: if its method or a knob is unknown, or a knob is out of range.
-        """
-        method, donors = get_method(rule.method), tuple(rule.coefficients)
-        coefficients, sources = tuple(rule.coefficients.values()), (recipe.base, *donors)
-        try:
-            arguments = method.arguments(rule.knobs, donors)
-        except ValueError as error:
-            raise ValueError(f"{rule.method}: {error}") from None
-        if (copied := method.copy_of(coefficients, **arguments)) is not None:
-            return cls.copy(sources[copied], recipe.interface)
-        seed = recipe.seed if method.random else 0
-        key = (recipe.interface, rule.method, *sources, *coefficients, *arguments.values(), seed)
-        return cls(sources, recipe.interface, method, coefficients, arguments, seed, key)
+    delta_errors: Mapping[str, float] = field(default_factory=dict)
+    """Source -> relative error of its compressed differences; empty where none were used."""
 
 
 class Materializer:
@@ -100,9 +66,14 @@ class Materializer:
             may share one slot (tied weights). Of a partial model also shards. Not needed for streaming.
         device: where merging happens when streaming; writes happen where the slot lives.
         partial: whether the slots are one process's part of a model; what has none is not written here.
+        residency: where what is merged into slots lives between candidates.
+        deltas: how donors are compressed where a candidate asks for it: "exact", or see evo.deltas. Then donors
+            themselves are read from disk when they are needed.
+        base: name of the source that compressed differences are taken to.
 
     Raises:
         CheckpointError: if a tensor has no slot, or a shard does not fit.
+        ValueError: if a residency needs a GPU, and there is none, or shards were to be compressed.
     """
 
     def __init__(
@@ -112,6 +83,9 @@ class Materializer:
         device: torch.device | str = "cpu",
         *,
         partial: bool = False,
+        residency: Residency = Residency.AUTO,
+        deltas: str = EXACT,
+        base: str | None = None,
     ) -> None:
         self._checkpoints = checkpoints
         first = next(iter(checkpoints.values()))
@@ -122,7 +96,16 @@ class Materializer:
             _check_complete(slots, first)
         self._targets = self._find_targets(slots or {})
         self._device = torch.device(device)
-        self._resident: dict[tuple[Path, str, str], Tensor] = {}  # folder, name in its files, cut -> bits on the device
+        home = next((t.slot.device for targets in self._targets.values() for t in targets), self._device)
+        compression = parse(deltas)
+        if compression is not None and partial:
+            raise ValueError(f"memory.deltas: {deltas!r} cannot be had of shards: expected 'exact'")
+        self._base = base if compression else None
+        self._deltas = Deltas(compression) if compression else None
+        chosen = choose(residency, home, self._n_bytes(), shards=partial)
+        if self._deltas:
+            self._deltas.on_device = chosen is Residency.DEVICE
+        self._pieces = Pieces(chosen)
         self._written: dict[Part, _Key] = {}
         self._stats: dict[_Key, Stats] = {}
         self._n_compiled = 0
@@ -135,30 +118,60 @@ class Materializer:
         device: torch.device | str = "cpu",
         *,
         partial: bool = False,
+        residency: str = "auto",
+        deltas: str = EXACT,
+        base: str | None = None,
     ) -> Materializer:
         """The constructor an engine calls where its weights live: sources are name -> folder."""
-        return cls(open_checkpoints(sources), slots, device, partial=partial)
+        opened, chosen = open_checkpoints(sources), Residency(residency)
+        return cls(opened, slots, device, partial=partial, residency=chosen, deltas=deltas, base=base)
 
     @torch.no_grad()
     def write(self, recipe: Mapping[str, Any]) -> UpdateReport:
-        """Write a recipe (as plain data) into the slots; parts whose inputs did not change are skipped."""
+        """Write a recipe (as plain data) into the slots; parts whose inputs did not change are skipped.
+
+        Args:
+            recipe: of Recipe.to_dict(); a further key "compressed" says whether donors may be compressed.
+        """
         start = time.perf_counter()
-        n_written = n_skipped = written_bytes = 0
-        n_compiled = self._n_compiled
-        for part, job in self._assign(Recipe.from_dict(recipe)).items():
-            if part not in self._targets:
-                continue
-            if self._written.get(part) == job.key:
-                n_skipped += 1
-                continue
+        written_bytes, n_compiled = 0, self._n_compiled
+        compressed = self._may_compress(recipe)
+        assigned = self._assign(Recipe.from_dict(recipe), compressed)
+        jobs = [(part, job) for part, job in assigned.items() if part in self._targets]
+        changed = [(part, job) for part, job in jobs if self._written.get(part) != job.key]
+        for i, (part, job) in enumerate(changed):
+            self._prefetch(changed[i + 1 : i + 2])
             self._written.pop(part, None)  # if the copy fails half-way, the part is written again
             for target in self._targets[part]:
                 self._write(part, job, target.slot, target.region)
                 written_bytes += target.slot.numel() * target.slot.element_size()
             self._written[part] = job.key
-            n_written += 1
         n_compiled = self._n_compiled - n_compiled
-        return UpdateReport(n_written, n_skipped, n_compiled, written_bytes, time.perf_counter() - start)
+        n_skipped, seconds = len(jobs) - len(changed), time.perf_counter() - start
+        errors = self._deltas.errors if self._deltas and compressed else {}
+        return UpdateReport(len(changed), n_skipped, n_compiled, written_bytes, seconds, errors)
+
+    def _may_compress(self, recipe: Mapping[str, Any]) -> bool:
+        """Whether a recipe's donors may be, and are, compressed."""
+        return self._deltas is not None and bool(recipe.get("compressed")) and recipe["base"] == self._base
+
+    def _n_bytes(self) -> int:
+        """Of all that is kept of the sources, roughly: that share of their files which is held here."""
+        numbers = {t.slot.data_ptr(): t.slot.numel() for targets in self._targets.values() for t in targets}
+        whole = sum(math.prod(entry.shape) for entry in next(iter(self._checkpoints.values())).scored.values())
+        kept = {name: c for name, c in self._checkpoints.items() if self._keeps(name)}
+        deltas = self._deltas.n_bytes([self._matrix(part) for part in self._targets]) if self._deltas else 0
+        n_donors = len(self._checkpoints) - len(kept)
+        return int(bytes_of(kept) * min(1.0, sum(numbers.values()) / max(1, whole))) + n_donors * deltas
+
+    def _keeps(self, source: str) -> bool:
+        """Whether a source's own tensors stay for the next candidate: not a donor's, where its differences do."""
+        return self._deltas is None or source == self._base
+
+    def _matrix(self, part: Part) -> tuple[int, int]:
+        """Shape of a part's matrix."""
+        shape = next(iter(self._checkpoints.values())).entries[part.tensor].shape
+        return matrix_shape(shape if part.row is None else shape[1:])
 
     @torch.no_grad()
     def feed(self, recipe: Mapping[str, Any], load: Callable[[Iterator[tuple[str, Tensor]]], object]) -> UpdateReport:
@@ -177,7 +190,9 @@ class Materializer:
             )
 
         def counted() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self._tensors(wanted, self._device, keep=self._device.type == "cpu"):
+            jobs = self._assign(wanted, self._may_compress(recipe))
+            made = self._stretches(wanted, jobs, self._device, keep=self._device.type == "cpu")
+            for name, tensor in self._joined(wanted, made):
                 bytes_of.append(tensor.nbytes)
                 yield name, tensor
 
@@ -191,14 +206,31 @@ class Materializer:
         entries = {part: [c.entries[part.tensor] for c in self._checkpoints.values()] for part in parts}
         return {part: found for part in parts if (found := targets_of(part, entries[part], slots))}
 
-    def _write(self, part: Part, job: _Job, slot: Tensor, region: Region | None) -> None:
-        merged = self._part(part, job, slot.device, True, target=slot, region=region)
-        if merged.pieces[0] is not slot:
-            merged.encoding.decode(merged.pieces, slot, CHUNK_ELEMENTS)
+    def _write(self, part: Part, job: Job, slot: Tensor, region: Region | None) -> None:
+        made = self._part(part, job, slot.device, True, region=region)
+        if isinstance(made, Fused):
+            made.into(slot)
+        else:
+            made.encoding.decode(made.pieces, slot, CHUNK_ELEMENTS)
+
+    def stream(self, recipe: Recipe, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of `stretches`, each whole and in its shape."""
+        yield from self._joined(recipe, self.stretches(recipe, rounding))
+
+    def _joined(
+        self, recipe: Recipe, tensors: Iterable[tuple[str, Iterable[Tensor | Fused]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Tensors in one piece and their shape."""
+        headers = self._checkpoints[recipe.interface].written_headers()
+        for name, stretches in tensors:
+            flat = [made.reshape(-1) if isinstance(made, Tensor) else made.result() for made in stretches]
+            yield name, (flat[0] if len(flat) == 1 else torch.cat(flat)).view(headers[name].shape)
 
     @torch.no_grad()
-    def stream(self, recipe: Recipe, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the merged checkpoint's files on the CPU, as it is stored, one at a time.
+    def stretches(
+        self, recipe: Recipe, rounding: Rounding | None = None
+    ) -> Iterator[tuple[str, Iterable[Tensor | Fused]]]:
+        """Build every tensor of the merged checkpoint's files on the CPU, as it is stored, one at a time.
 
         They are those of the interface parent, in its order. Unscored tensors are copied from it; those that
         have the bits of its embedding or head get the bits of the merged one.
@@ -206,90 +238,122 @@ class Materializer:
         Args:
             recipe: what to build.
             rounding: told what quantising cost.
-        """
-        yield from self._tensors(recipe, torch.device("cpu"), rounding)
 
-    def _tensors(
-        self, recipe: Recipe, target: torch.device, rounding: Rounding | None = None, *, keep: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """What `stream` yields, with the merged ones on some device."""
-        interface, jobs = self._checkpoints[recipe.interface], self._assign(recipe)
+        Yields:
+            name, and the tensor in stretches of consecutive elements, to be used up before the next: tensors, or
+            compiled loops that make them.
+        """
+        yield from self._stretches(recipe, self._assign(recipe), torch.device("cpu"), rounding)
+
+    def _stretches(
+        self,
+        recipe: Recipe,
+        jobs: Mapping[Part, Job],
+        target: torch.device,
+        rounding: Rounding | None = None,
+        *,
+        keep: bool = False,
+    ) -> Iterator[tuple[str, Iterable[Tensor | Fused]]]:
+        """What `stretches` yields, with the merged ones on some device; `keep`: for the next candidate, too."""
+        interface = self._checkpoints[recipe.interface]
         parts: dict[str, list[Part]] = {}
         for part in self.layout.parts:
             parts.setdefault(part.tensor, []).append(part)
         same_as = {**self._tied, **unscored_copies(interface)}
-        for name in interface.entries:
-            original = same_as.get(name, name)
+        for name, entry in interface.entries.items():
+            of, suffixes = parts.get(same_as.get(name, name), []), entry.encoding.output.suffixes
             watch = rounding.watcher(name) if rounding else None
-            if original not in parts:
-                merged = interface.stored(name).as_output(CHUNK_ELEMENTS)
+            made = (self._part(part, jobs[part], self._device, keep, watch) for part in of)
+            if not of:
+                yield from _named(name, interface.stored(name).as_output(CHUNK_ELEMENTS))
+            elif len(suffixes) == 1:
+                yield name, (one if isinstance(one, Fused) else one.pieces[0].to(target) for one in made)
             else:
-                rows = [self._part(p, jobs[p], self._device, keep, watch).to(target) for p in parts[original]]
-                merged = rows[0] if parts[original][0].row is None else stack(rows)
-            for suffix, piece in zip(merged.encoding.suffixes, merged.pieces, strict=True):
-                yield name + suffix, piece
+                rows = [one.to(target) for one in made if isinstance(one, Stored)]
+                yield from _named(name, rows[0] if of[0].row is None else stack(rows))
+            if not keep:
+                self._stats.clear()  # measured for this tensor alone
 
-    def _assign(self, recipe: Recipe) -> dict[Part, _Job]:
+    def _assign(self, recipe: Recipe, compressed: bool = False) -> dict[Part, Job]:
         """Part -> job."""
-        jobs = {id(rule): _Job.of(recipe, rule) for rule in recipe.rules}
-        copy = _Job.copy(recipe.base, recipe.interface)
+        jobs = {id(rule): Job.of(recipe, rule, compressed) for rule in recipe.rules}
+        copy = Job.copy(recipe.base, recipe.interface)
         return {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
 
     def _part(
         self,
         part: Part,
-        job: _Job,
+        job: Job,
         device: torch.device,
         keep: bool,
         watch: Watcher | None = None,
-        target: Tensor | None = None,
         region: Region | None = None,
-    ) -> Stored:
-        """One part, or a region of it, as it is stored: the same function for a slot and for an export. May be made
-        in the target.
+    ) -> Stored | Fused:
+        """One part, or a region of it, as it is stored, or the loop that makes it: the same function for a slot and
+        for an export.
         """
-        stored = [self._stored(name, part, device, keep, region) for name in job.sources]
+
+        @functools.cache
+        def source(i: int) -> Stored:
+            return self._stored(job.sources[i], part, device, keep, region)
+
         if (rows := self._common.get(part.tensor)) is None:
-            return self._merged(part, job, stored, device, watch, target, region)
+            return self._merged(part, job, source, device, watch, region)
         rows, interface = (
             rows.within(region[0]) if region else rows,
             self._stored(job.interface, part, device, keep, region),
         )
         if rows.n_rows == 0:
             return interface
-        merged = self._merged(part, job, [rows.cut(source) for source in stored], device, watch, region=region)
+        merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)
+        if isinstance(merged, Fused):
+            shape = (rows.n_rows, *interface.shape[1:])
+            merged = Stored(interface.encoding, (merged.result().view(shape),))
         return rows.complete(merged, interface)
 
     def _merged(
         self,
         part: Part,
-        job: _Job,
-        stored: list[Stored],
+        job: Job,
+        source: Callable[[int], Stored],
         device: torch.device,
         watch: Watcher | None,
-        target: Tensor | None = None,
-        region: Region | None = None,
-    ) -> Stored:
-        """What a job makes of its sources, or of that region of them."""
+        region: Region | None,
+    ) -> Stored | Fused:
+        """What a job makes of its sources, source(0) being the base, or of that region of them."""
         if job.method is None:
-            return stored[0].as_output(CHUNK_ELEMENTS)
-        method = job.method
-        base, *donors = (source.operand for source in stored)
+            return source(0).as_output(CHUNK_ELEMENTS)
+        method, (base, *donors) = job.method, self._operands(part, job, source)
         operands = dict(zip(job.sources, (base, *donors), strict=True))
         stats = self._measure(part, job, device, self._whole(part, device) if region else operands.__getitem__)
         if method.copy_once_measured:
             copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
             if copied is not None:
-                return stored[copied].as_output(CHUNK_ELEMENTS)
+                return source(copied).as_output(CHUNK_ELEMENTS)
         arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
         keys = self._noise_keys(part, job) if method.random else ()
         corner, width = self._place(part, region) if region else ((0, 0), None)
         merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
-        output, shape = stored[0].encoding.output, stored[0].shape
         if compiled := merge.compiled():
             self._n_compiled += 1
-            return Stored(output, (compiled.into(shape, target),))
+            return compiled
+        output, shape = source(0).encoding.output, source(0).shape
         return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
+
+    def _operands(self, part: Part, job: Job, source: Callable[[int], Stored]) -> list[Operand]:
+        """The base, then the donors: themselves, or what is left of them."""
+        base = source(0).operand
+        if self._deltas is None or not self._is_compressed(part, job):
+            return [base, *(source(i).operand for i in range(1, len(job.sources)))]
+        donors = (
+            self._deltas.donor(name, part, base, lambda i=i: source(i).operand)  # type: ignore[misc]
+            for i, name in enumerate(job.sources[1:], 1)
+        )
+        return [base, *donors]
+
+    def _is_compressed(self, part: Part, job: Job) -> bool:
+        covered = self._deltas is not None and self._deltas.covers(self._matrix(part))
+        return job.compressed and covered and part.tensor not in self._common
 
     def _whole(self, part: Part, device: torch.device) -> Callable[[str], Operand]:
         """Reads sources of a part as a whole, to be measured; nothing is kept beyond that."""
@@ -303,11 +367,9 @@ class Materializer:
 
     def _place(self, part: Part, region: Region) -> tuple[tuple[int, int], int]:
         """Corner of a region, and width of its part."""
-        shape = next(iter(self._checkpoints.values())).entries[part.tensor].shape
-        _, width = matrix_shape(shape if part.row is None else shape[1:])
-        return (region[0].start, region[1].start), width
+        return (region[0].start, region[1].start), self._matrix(part)[1]
 
-    def _measure(self, part: Part, job: _Job, device: torch.device, operand: Callable[[str], Operand]) -> Any:
+    def _measure(self, part: Part, job: Job, device: torch.device, operand: Callable[[str], Operand]) -> Any:
         """What the job's method wants to know of the whole part; measured once, then remembered."""
         assert job.method is not None
         measure = job.method.measure
@@ -316,7 +378,7 @@ class Materializer:
         arguments = {name: job.arguments[name] for name in measure.knobs}
 
         def stats(names: tuple[str, ...], knobs: Mapping[str, float]) -> Stats:
-            key = (measure.function, part, device, job.sources[0], names, measure.key(**knobs))
+            key = (measure.function, part, device, job.compressed, job.sources[0], names, measure.key(**knobs))
             if key not in self._stats:
                 self._stats[key] = measure.function([operand(n) for n in names], operand(job.sources[0]), **knobs)
             return self._stats[key]
@@ -328,7 +390,7 @@ class Materializer:
             for d, name in enumerate(job.sources[1:])
         ]
 
-    def _noise_keys(self, part: Part, job: _Job) -> list[Key]:
+    def _noise_keys(self, part: Part, job: Job) -> list[Key]:
         """A stream of random numbers for each donor."""
         return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
 
@@ -336,26 +398,39 @@ class Materializer:
         self, source: str, part: Part, device: torch.device, keep: bool, region: Region | None = None
     ) -> Stored:
         """A part of a source, or no more than a region of it."""
+        keep = keep and self._keeps(source)
+        pieces = (self._pieces.read(piece, device, keep=keep) for piece in self._wanted(source, part, region))
+        return Stored(self._checkpoints[source].entries[part.tensor].encoding, tuple(pieces))
+
+    def _wanted(self, source: str, part: Part, region: Region | None) -> list[Piece]:
+        """What a part of a source, or a region of it, is stored as."""
         checkpoint = self._checkpoints[source]
         entry, holders = checkpoint.entries[part.tensor], checkpoint.holders(part.tensor)
         if region is None:
-            pieces = [self._piece(*held, device, keep) for held in holders]
-            return Stored(entry.encoding, tuple(pieces)).row(part.row)
+            return [Piece(*held, row=part.row) for held in holders]
         expert: Cut = () if part.row is None else (part.row,)
         shape, (rows, columns) = entry.shape[len(expert) :], region
         n_rows, _ = matrix_shape(shape)  # fewer where only others have a token
         cuts = entry.encoding.cut(shape, (slice(min(rows.start, n_rows), min(rows.stop, n_rows)), columns))
-        pieces = [self._piece(*held, device, keep, expert + cut) for held, cut in zip(holders, cuts, strict=True)]
-        return Stored(entry.encoding, tuple(pieces))
+        return [Piece(*held, cut=expert + cut) for held, cut in zip(holders, cuts, strict=True)]
 
-    def _piece(self, holder: Checkpoint, name: str, device: torch.device, keep: bool, cut: Cut | None = None) -> Tensor:
-        key = (holder.path, name, str(cut))
-        piece = self._resident.get(key)
-        if piece is None:
-            piece = holder.tensor(name, cut).to(device)
-            if keep:
-                self._resident[key] = piece
-        return piece
+    def _prefetch(self, following: Sequence[tuple[Part, Job]]) -> None:
+        """Begin to bring what will be merged next to where it is merged."""
+        wanted = [
+            (piece, target.slot.device)
+            for part, job in following
+            for target in self._targets[part]
+            for source in dict.fromkeys((*job.sources, *([job.interface] if part.tensor in self._common else ())))
+            if self._keeps(source)
+            for piece in self._wanted(source, part, target.region)
+        ]
+        self._pieces.prefetch(wanted)
+
+
+def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused]]]:
+    """The tensors of a file that it is stored as."""
+    for suffix, piece in zip(stored.encoding.suffixes, stored.pieces, strict=True):
+        yield name + suffix, [piece]
 
 
 def _check_complete(slots: Slots, checkpoint: Checkpoint) -> None:

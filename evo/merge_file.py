@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,9 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
     read = _read_mergekit if "merge_method" in data else _read_recipe
     recipe, sources, notes = read(file, text, data, lambda paths: _open(paths, out, force, common_rows))
     told = Told.of(recipe, sources)
-    told = Told(told.files, (*notes, *told.lines))
-    write_checkpoint(
-        recipe, sources, out, {**told.files, "README.md": merge_card(recipe, out.name, told.lines)}, force=force
-    )
+    told = replace(told, lines=(*notes, *told.lines))
+    files = {**told.files, "README.md": merge_card(recipe, out.name, told.lines)}
+    write_checkpoint(recipe, sources, out, files, told.accounts, force=force)
     return told
 
 

@@ -1,4 +1,4 @@
-"""Writes a safetensors file tensor by tensor, in any order, so that one tensor at a time is in memory.
+"""Writes a safetensors file block by block, in any order, so that no whole tensor need be in memory.
 
 The format (https://github.com/huggingface/safetensors#format): the length of a JSON header, the header, which places
 every tensor, and the tensors. All shapes are known before the first tensor is there, so the header comes first. The
@@ -45,18 +45,22 @@ class SafetensorsWriter:
             self._places[name] = (start, end)
         text = _header(headers, self._places)
         self._start = 8 + len(text)
-        self._missing = set(order)
+        self._missing = {name: end - start for name, (start, end) in self._places.items()}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text), 0)
         os.posix_fallocate(self._file, 0, self._start + end)  # a full disk is noticed now
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor to its place."""
+    def write(self, name: str, numbers: Tensor, at: int = 0) -> None:
+        """Write consecutive elements of a tensor, from byte `at` of it on; each once."""
         start, end = self._places[name]
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        assert len(data) == end - start, f"{name} has the shape and dtype that were announced"
-        _write_all(self._file, data, self._start + start)
-        self._missing.remove(name)
+        data = numbers.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert start + at + len(data) <= end, f"{name} has the shape and dtype that were announced"
+        _write_all(self._file, data, self._start + start + at)
+        self._missing[name] -= len(data)
+
+    def sync(self) -> None:
+        """Wait until the disk has what has been written."""
+        os.fdatasync(self._file)
 
     def close(self) -> bool:
         """Close the file.
@@ -65,7 +69,7 @@ class SafetensorsWriter:
             whether all of its tensors have been written.
         """
         os.close(self._file)
-        return not self._missing
+        return not any(self._missing.values())
 
 
 def _header(headers: Mapping[str, TensorHeader], places: Mapping[str, tuple[int, int]]) -> bytes:

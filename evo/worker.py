@@ -29,6 +29,7 @@ class Worker:
         task: Task,
         sources: Mapping[str, str],
         *,
+        memory: Mapping[str, Any] | None = None,
         max_tokens: int,
         objectives: Sequence[str],
         orderliness: Orderliness,
@@ -40,7 +41,7 @@ class Worker:
         self._task = task
         self._objectives = objectives
         self._problems: dict[Split, list[Problem]] = {}
-        engine.host("evo.materializer:Materializer.hosted", sources=dict(sources))
+        engine.host("evo.materializer:Materializer.hosted", sources=dict(sources), **(memory or {}))
 
     @property
     def batch_size(self) -> int | None:
@@ -52,17 +53,20 @@ class Worker:
         """Of the engine."""
         return self._engine.caveat
 
-    def evaluate(self, candidate: Candidate, split: Split, limit: int | None = None) -> Evaluation:
+    def evaluate(
+        self, candidate: Candidate, split: Split, limit: int | None = None, *, compressed: bool = False
+    ) -> Evaluation:
         """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it.
 
         Args:
             candidate: what to evaluate.
             split: whose problems.
             limit: the first so many of them; None for all.
+            compressed: whether donors may be merged as they are compressed.
         """
         start = time.perf_counter()
         try:
-            report = self._engine.update(candidate.recipe.to_dict())
+            report = self._engine.update({**candidate.recipe.to_dict(), "compressed": compressed})
             problems = self._problems_of(split)[:limit]
             generate_start = time.perf_counter()
             score, completions = self._evaluator.evaluate(problems)
@@ -88,6 +92,7 @@ class Worker:
                 "n_skipped": report.n_skipped,
                 "n_compiled": report.n_compiled,
                 "samples": self._samples(problems, completions),
+                **({"delta_errors": dict(report.delta_errors)} if compressed else {}),
             },
         )
 

@@ -166,7 +166,7 @@ def test_base_bits_are_held_once(base, tmp_path):
     materializer = Materializer(open_checkpoints(folders), slots)
     recipe = Recipe(sources_of(folders), "base", "base", (Rule("task_arithmetic", {"lora": 0.5}),))
     materializer.write(recipe.to_dict())
-    held = [name for _, name, _ in materializer._resident]
+    held = [name for _, name, _ in materializer._pieces._kept]
     assert sorted(name for name in held if not name.endswith((".left", ".right"))) == sorted(slots)
 
 

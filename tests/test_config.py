@@ -46,6 +46,11 @@ def test_task_arithmetic_starts_from_the_ancestor(write):
 MISTAKES = {  # what is changed -> what the message must hold
     ("budget: {candidates: 10}", "budgt: {candidates: 10}"): ["search.yaml:8", "budgt", "did you mean 'budget'?"],
     ("budget: {candidates: 10}", ""): ["the key 'budget' is missing"],
+    ("float32}", "float32, device: cpu}\nmemory: {residency: pinned}"): [
+        "search.yaml:7: memory.residency",
+        "device, disk",
+    ],
+    ("budget:", "memory: {deltas: int3}\nbudget:"): ["search.yaml:8: memory.deltas", "int8", "got 'int3'"],
     ("candidates: 10", "candidates: many"): ["search.yaml:8: budget.candidates", "valid integer", "'many'"],
     ("candidates: 10", "candidates: 0"): ["budget.candidates", "greater than or equal to 1", "got 0"],
     ("{candidates: 10}", "{}"): ["at least one of candidates, tokens, hours"],
@@ -110,11 +115,13 @@ def test_a_missing_file(tmp_path):
 def test_what_may_change_and_what_may_not(write):
     old = load_config(write(GOOD)).model_dump(mode="json")
     safe = GOOD.replace("candidates: 10", "candidates: 99").replace("max_tokens: 64", "max_tokens: 64, threads: 1")
-    safe += "tracking: {enabled: false}\n"
+    safe += "tracking: {enabled: false}\nmemory: {residency: disk}\n"
     assert changed_keys(old, load_config(write(safe)).model_dump(mode="json")) == []
     unsafe = GOOD.replace("search: 32", "search: 33").replace("sigma: 0.2", "sigma: 0.3")
+    unsafe += "memory: {deltas: int8}\n"
     differences = changed_keys(old, load_config(write(unsafe)).model_dump(mode="json"))
     assert differences == [
+        "memory.deltas: 'exact' when the run started, 'int8' now",
         "optimizer.sigma: 0.2 when the run started, 0.3 now",
         "task.search: 32 when the run started, 33 now",
     ]

@@ -119,7 +119,7 @@ def test_shares_are_what_a_rank_really_holds(moe_parents, layout, fp8, tmp_path)
         materializer = Materializer(open_checkpoints(parents), slots, partial=True)
         materializer.write(recipe)
         assert share.model == sum(2 * tensor.numel() for tensor in tensors.values())
-        assert share.sources == sum(held.nbytes for held in materializer._resident.values())
+        assert share.sources == sum(held.nbytes for held in materializer._pieces._kept.values())
 
 
 @pytest.mark.parametrize("config", ["llama", "llama_tied", "qwen3_moe", "deepseek_v3"])

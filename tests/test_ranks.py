@@ -92,7 +92,7 @@ def test_a_rank_reads_and_holds_no_more_than_its_own(moe_parents, kind, monkeypa
     materializer.write(recipes["linear"].to_dict())
     assert sum(t.nbytes for t in read) == own
     materializer.write(recipes["ties"].to_dict())  # reads whole tensors to measure them, and keeps nothing more
-    assert sum(t.nbytes for t in materializer._resident.values()) == own
+    assert sum(t.nbytes for t in materializer._pieces._kept.values()) == own
     n_read = len(read)
     other = Rule("ties", {"a": 0.2, "b": 0.1}, knobs={"density": 0.3})
     materializer.write(recipes_of(moe_parents, ties=other)["ties"].to_dict())

@@ -50,7 +50,7 @@ class LowRank:
 
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """See Encoding."""
-        return _Sum(self.inner.operand(pieces[:-2]), pieces[-2], pieces[-1], self.scale)
+        return LowRankSum(self.inner.operand(pieces[:-2]), pieces[-2], pieces[-1], self.scale)
 
     def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
         """See Encoding."""
@@ -67,19 +67,22 @@ class LowRank:
         raise NotImplementedError("low-rank differences are read only")
 
 
-class _Sum:
-    """A matrix whose low-rank difference is added to a block when it is read."""
+class LowRankSum:
+    """A matrix whose low-rank difference is added to a block when it is read: W + scale * L @ R, with L and R in
+    fixed point, as float64 or float32.
+    """
 
     def __init__(self, base: Operand, left: Tensor, right: Tensor, scale: float) -> None:
         self._base, self._left, self._right, self._scale = base, left, right, scale
         self.shape, self.device = base.shape, base.device
 
     def numel(self) -> int:
+        """R C."""
         return self._base.numel()
 
     def __getitem__(self, block: Any) -> Tensor:
         rows, columns = block if isinstance(block, tuple) else (block, slice(None))
-        difference = self._left[rows] @ self._right[:, columns]
+        difference = self._left[rows].double() @ self._right[:, columns].double()
         return difference.mul_(self._scale).add_(self._base[rows, columns]).float()
 
 

@@ -59,12 +59,23 @@ class Fused:
         """Of the result: the base's."""
         return self.keep[0].dtype
 
-    def into(self, shape: Sequence[int], target: Tensor | None) -> Tensor:
-        """The merged part: the target itself where that can hold it, else a new tensor."""
-        if target is None or target.dtype != self.dtype or target.device.type != "cpu" or not target.is_contiguous():
-            target = torch.empty(tuple(shape), dtype=self.dtype)
-        self.run(target)
-        return target
+    @property
+    def n_elements(self) -> int:
+        """Of the result."""
+        return self.keep[0].numel()
+
+    def result(self) -> Tensor:
+        """The merged part, flat."""
+        out = torch.empty(self.n_elements, dtype=self.dtype)
+        self.run(out)
+        return out
+
+    def into(self, slot: Tensor) -> None:
+        """Write the merged part into a tensor of as many elements, of any float dtype, on any device."""
+        if slot.dtype == self.dtype and slot.device.type == "cpu" and slot.is_contiguous():
+            self.run(slot)
+        else:
+            slot.copy_(self.result().view(slot.shape))
 
     def run(self, out: Tensor, begin: int = 0) -> None:
         """Compute elements begin, begin + 1, ... of the part.

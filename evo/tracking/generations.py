@@ -7,11 +7,11 @@ Knows nothing of MLflow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from evo.config import Budget
-from evo.front import Front, Row, front_of
+from evo.front import Front, Row, front_of, rows_of
 from evo.ledger import Ask, Entry, Ledger
 from fitness.types import Split
 
@@ -44,6 +44,8 @@ class Record:
     """Candidate id -> its evaluation on the held-out split."""
     objectives: tuple[str, ...]
     budget: Budget
+    proofs: dict[int, Entry] = field(default_factory=dict)
+    """Candidate id -> its evaluation with exact donors, where the one above was with compressed ones."""
 
     @classmethod
     def read(cls, ledger: Ledger) -> Record:
@@ -51,7 +53,8 @@ class Record:
         held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
         entries = tuple(ledger.entries(Split.SEARCH))
         objectives, budget = tuple(ledger.meta("config")["objectives"]), Budget.model_validate(ledger.meta("budget"))
-        return cls(tuple(ledger.asks()), entries, held_out, objectives, budget)
+        proofs = ledger.proofs()
+        return cls(tuple(ledger.asks()), entries, held_out, objectives, budget, proofs)
 
     @cached_property
     def spent(self) -> dict[str, float]:
@@ -79,11 +82,7 @@ class Record:
 
     def rows(self, entries: Sequence[Entry]) -> list[Row]:
         """Those of some evaluations that gave scores."""
-        return [
-            Row(self.asks[entry.candidate_id], entry, self.held_out.get(entry.candidate_id))
-            for entry in entries
-            if entry.losses is not None
-        ]
+        return rows_of(entries, self.proofs, self.asks, self.held_out)
 
     def generations(self) -> Iterator[Generation]:
         """Every complete generation, in order, and an incomplete last one if the search has ended with it."""
