@@ -136,9 +136,7 @@ def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
     entries = ledger.entries(Split.SEARCH)
     asks = ledger.asks()  # last: a live run may add to all three meanwhile
     rows = [
-        Row(asks[entry.candidate_id], entry, held_out.get(entry.candidate_id))
-        for entry in entries
-        if entry.losses is not None
+        Row(asks[entry.candidate_id], entry, held_out.get(entry.candidate_id)) for entry in entries if entry.measured
     ]
     if until_generation is not None:
         rows = [row for row in rows if row.ask.generation <= until_generation]

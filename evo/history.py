@@ -13,7 +13,7 @@ from evo.config import Budget
 from evo.front import Front, Row, extended, front_of
 from evo.ledger import Ask, Entry, Ledger
 from evo.types import Candidate, Evaluation
-from fitness.types import Split
+from fitness.types import Score, Split
 
 log = logging.getLogger("mergefront")
 
@@ -52,9 +52,13 @@ class History:
             self.front = self._whole_front()  # rare, and an older row has changed
             return entry
         self._count(entry)
-        if entry.losses is not None:
+        if entry.measured:
             self.front = extended(self.front, self._row(entry), self._objectives)
         return entry
+
+    def score(self, entry: Entry) -> Score:
+        """The per-problem arrays of an evaluation."""
+        return self._ledger.score(entry)
 
     @property
     def batch_size(self) -> int | None:
@@ -80,7 +84,7 @@ class History:
         return any(self.spent[key] >= limit for key, limit in limits.items())
 
     def _whole_front(self) -> Front:
-        measured = (entry for entry in self.entries[Split.SEARCH].values() if entry.losses is not None)
+        measured = (entry for entry in self.entries[Split.SEARCH].values() if entry.measured)
         return front_of([self._row(entry) for entry in measured], self._objectives)
 
     def _row(self, entry: Entry) -> Row:
@@ -89,5 +93,5 @@ class History:
 
     def _count(self, entry: Entry) -> None:
         self.spent["candidates"] += 1
-        self.spent["tokens"] += (entry.summary or {}).get("n_generated", 0)
+        self.spent["tokens"] += entry.n_tokens
         self.spent["hours"] += entry.seconds / 3600.0

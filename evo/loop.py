@@ -16,6 +16,7 @@ from evo.config import Config
 from evo.history import History
 from evo.ledger import Ask, Entry
 from evo.optimizers import Optimizer, Outcome, Start
+from evo.proxy import Proxy
 from evo.run_folder import stop_requested
 from evo.types import Candidate, Evaluation, Origin, Status
 from evo.worker import Worker
@@ -58,6 +59,7 @@ class Loop:
     ) -> None:
         self._config, self._folder, self._history, self._digests = config, folder, history, digests
         self._space, self._task, self._watch = space, task, watch
+        self._proxy = Proxy(config, history, task)
         self._worker: Worker | None = None
         self._n_first = 0  # parents and baselines, which no optimizer proposed
 
@@ -147,6 +149,8 @@ class Loop:
 
     def _violations(self, ask: Ask, evaluation: Evaluation) -> dict[str, float]:
         """By how much each constraint is violated; parents define the floor, so it is not asked of them."""
+        if evaluation.status is Status.PARTIAL:  # a stopped candidate is measured by its member alone
+            return {"collapsed": 1.0} if evaluation.detail["stopped_by"] is None else {}
         if evaluation.score is None:
             return {}
         constraints = self._config.constraints
@@ -163,7 +167,8 @@ class Loop:
             self._worker = build_worker(self._config, self._task, self._history.batch_size)
         recipe = ask.recipe_in(lambda: self._space)
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
-        evaluation = self._worker.evaluate(candidate, split)
+        raced = self._config.proxy.enabled and ask.origin is Origin.SEARCH and split is Split.SEARCH
+        evaluation = self._worker.evaluate(candidate, split, self._proxy.trial() if raced else None)
         self._history.keep_batch_size(self._worker.batch_size)
         self._history.keep_caveat(self._worker.caveat)
         return evaluation

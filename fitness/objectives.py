@@ -31,3 +31,8 @@ PER_PROBLEM: Mapping[str, Callable[[Score], NDArray[np.float64]]] = {
 def per_problem(score: Score, objectives: Sequence[str]) -> NDArray[np.float64]:
     """Shape (P, n_objectives), in the order asked for."""
     return np.stack([PER_PROBLEM[name](score) for name in objectives], axis=1)
+
+
+def worst(objectives: Sequence[str], max_tokens: int) -> NDArray[np.float64]:
+    """Losses of a model that solves nothing and never ends, (n_objectives,)."""
+    return np.array([{"error": 1.0, "tokens": float(max_tokens)}[name] for name in objectives])

@@ -70,9 +70,7 @@ class Screen:
         return (reason if not best > BLIND * blind else None), sum(f.n_tokens for f in found)
 
 
-def nats_per_token(
-    traces: Sequence[Trace], totals: Sequence[float], n_tokens: Sequence[int]
-) -> Mapping[str, float]:
+def nats_per_token(traces: Sequence[Trace], totals: Sequence[float], n_tokens: Sequence[int]) -> Mapping[str, float]:
     """Parent -> mean log-likelihood of a token of its traces."""
     sums: dict[str, list[float]] = {}
     for trace, total, n in zip(traces, totals, n_tokens, strict=True):

@@ -72,10 +72,10 @@ class Trial:
             score: on the problems asked so far, in the order of the race.
             problems: their positions in the split, (n,).
         """
-        if reason := self.screen.collapsed(score, problems):
+        if len(problems) < len(self.race.order.problems) and (reason := self.screen.collapsed(score, problems)):
             return Stop(f"collapsed: {reason}", self.worst)
-        if not self.racing or len(problems) < self.first:
-            return None
+        if not self.racing or not self.first <= len(problems) < len(self.race.order.problems):
+            return None  # too early, or all is known
         seen = per_problem(score, self.objectives)
         found = self.race.beaten_by(seen, self.members)
         if found is None:
