@@ -33,23 +33,29 @@ class ItemResponse:
         self._parents, self._objectives = references[:n_parents], objectives
         if "error" in objectives:
             solved = 1.0 - references[:, :, objectives.index("error")]
-            self._items, abilities = _fit(solved)
+            self.items, abilities = _fit(solved)
             self._abilities = abilities[:n_parents]
 
-    def estimate(self, problems: NDArray[np.int64], losses: Floats) -> Floats:
-        """Mean losses over the split, (M,); see Kriging.estimate."""
+    def estimate(self, problems: NDArray[np.int64], losses: Floats, weights: Floats | None = None) -> Floats:
+        """Mean losses over the split, (M,); see Kriging.estimate.
+
+        Args:
+            problems: positions of the problems seen, (n,).
+            losses: on these, (n, M).
+            weights: of these in the plain mean, (n,); default: even.
+        """
         estimates = []
         for m, name in enumerate(self._objectives):
             seen = losses[:, m]
             predicted = self._errors(problems, seen) if name == "error" else self._mixed(problems, seen, m)
             filled = predicted.copy()
             filled[problems] = seen
-            estimates.append((seen.mean() + filled.mean()) / 2)
+            estimates.append((np.average(seen, weights=weights) + filled.mean()) / 2)
         return np.array(estimates)
 
     def _errors(self, problems: NDArray[np.int64], seen: Floats) -> Floats:
-        slopes = self._items[:, :-1] @ self._abilities.T  # (P, parents): logits are linear in the shares
-        offsets = self._items[:, -1]
+        slopes = self.items[:, :-1] @ self._abilities.T  # (P, parents): logits are linear in the shares
+        offsets = self.items[:, -1]
         n = slopes.shape[1]
         even = np.full(n, 1.0 / n)
         shares = _logistic(slopes[problems], 1.0 - seen, offsets[problems], even)

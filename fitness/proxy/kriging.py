@@ -32,6 +32,7 @@ class Kriging:
     def __init__(self, references: Floats, n_parents: int = 0, objectives: Sequence[str] = ()) -> None:
         self._mean = references.mean(axis=0)
         self._covariances = [_covariance(references[:, :, m]) for m in range(references.shape[2])]
+        self._known: dict[bytes, list[Floats]] = {}  # candidates share an order, so few sets of problems occur
 
     def estimate(self, problems: NDArray[np.int64], losses: Floats) -> Floats:
         """Mean losses over the split, (M,).
@@ -40,19 +41,17 @@ class Kriging:
             problems: positions of the problems seen, (n,).
             losses: on these, (n, M).
         """
+        weights = self._known.setdefault(problems.tobytes(), [])
+        if not weights:
+            weights += [_weights(covariance, problems) for covariance in self._covariances]
         away = losses - self._mean[problems]
-        return np.array(
-            [
-                self._mean[:, m].mean() + away[:, m] @ self._weights(covariance, problems)
-                for m, covariance in enumerate(self._covariances)
-            ]
-        )
+        return self._mean.mean(axis=0) + np.array([w @ away[:, m] for m, w in enumerate(weights)])
 
-    @staticmethod
-    def _weights(covariance: Floats, problems: NDArray[np.int64]) -> Floats:
-        """What the mean over the split moves by when a problem seen moves by one, (n,)."""
-        known = covariance[np.ix_(problems, problems)]
-        return np.asarray(np.linalg.solve(known, covariance[problems].mean(axis=1)))
+
+def _weights(covariance: Floats, problems: NDArray[np.int64]) -> Floats:
+    """What the mean over the split moves by when a problem seen moves by one, (n,)."""
+    known = covariance[np.ix_(problems, problems)]
+    return np.asarray(np.linalg.solve(known, covariance[problems].mean(axis=1)))
 
 
 def informative(references: Floats, n: int) -> tuple[NDArray[np.int64], Floats]:
