@@ -109,7 +109,7 @@ def test_a_stopped_candidate_is_on_no_front_and_on_no_table(histories):
     front = proxy.front
     assert not stopped & {row.ask.id for row in (*front.members, *front.evaluated, *front.unscored(every=True))}
     assert {e.summary["n_problems"] for e in (row.search for row in front.members)} == {N}
-    assert front.hypervolume >= histories["full"].front.hypervolume * (1 - 2 * TOLERANCE)
+    assert front.hypervolume >= histories["full"].front.hypervolume - 2 * TOLERANCE  # a strip of the unit box each
 
 
 def test_the_saving_is_reported(runs, histories, capsys):

@@ -36,9 +36,12 @@ def evidence(losses: Floats, weights: Floats, bars: Floats, paired: Floats) -> F
         bars: B of each bar, (K,).
         paired: h for each bar, in the order of the draw, >= 0, (K, N).
     """
+    impossible = losses.sum() > bars
+    if not len(losses):
+        return np.where(impossible, np.inf, 1.0)
     wealth = (_wealth(losses, weights, bars, paired) + _wealth(losses, weights, bars, np.zeros_like(paired))) / 2
-    best = np.maximum(1.0, wealth.max(axis=1, initial=1.0))
-    return np.where(losses.sum() > bars, np.inf, best)
+    best = np.maximum(1.0, wealth.max(axis=1))
+    return np.where(impossible, np.inf, best)
 
 
 def _wealth(losses: Floats, weights: Floats, bars: Floats, h: Floats) -> Floats:

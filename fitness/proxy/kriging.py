@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-NUGGET = 0.5
+NUGGET = 0.2
 """Variance of a problem's own, beyond what references share, as a share of the mean variance of problems."""
 
 
