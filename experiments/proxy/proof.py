@@ -41,7 +41,7 @@ OBJECTIVES = ("error", "tokens")
 NAMES = ("search-0", "search-1", "search-2", "random-0", "line")
 SEEDS = range(20)
 DEFAULT = {"chosen": 16, "tolerance": 0.01, "alpha": 0.1, "line_points": 9}
-TOLERANCES = (0.005, 0.01, 0.02, 0.04)
+TOLERANCES = (0.01, 0.02, 0.04)
 CHOSEN = (8, 16)
 SUBSETS = (10, 20, 50)
 

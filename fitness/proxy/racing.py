@@ -47,11 +47,14 @@ class Race:
             seen: the candidate's losses on the first n problems of the order, (n, M).
             members: losses of the front's members on all problems in the split's own order, (K, P, M).
         """
-        if not len(members):
-            return None
-        found = np.min([self._evidence(seen[:, m], members[:, :, m], m) for m in range(seen.shape[1])], axis=0)
-        best = int(found.argmax())
-        return best if found[best] >= len(members) / self.alpha else None
+        left, least = np.arange(len(members)), np.full(len(members), np.inf)
+        for m in range(seen.shape[1]):
+            if not len(left):
+                return None
+            least = np.minimum(least, self._evidence(seen[:, m], members[left, :, m], m))
+            enough = least >= len(members) / self.alpha
+            left, least = left[enough], least[enough]
+        return int(left[least.argmax()]) if len(left) else None
 
     def _evidence(self, seen: Floats, members: Floats, objective: int) -> Floats:
         """Against "lower than this member's by the tolerance", for each member, (K,)."""
