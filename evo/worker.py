@@ -111,8 +111,16 @@ class Worker:
             found = losses(score, self._objectives)
             return Evaluation(candidate.id, Status.DONE, seconds, found, score=score, detail=detail)
         detail |= {"reason": stop.reason, "stopped_by": stop.member}
-        detail |= {"problems": answers.asked.tolist(), "n_split": len(problems)}
+        detail |= {"problems": answers.asked.tolist(), "n_saved": self._saved(answers, stop, len(problems))}
         return Evaluation(candidate.id, Status.PARTIAL, seconds, stop.losses, score=score, detail=detail)
+
+    def _saved(self, answers: _Answers, stop: Stop, n_problems: int) -> int:
+        """Tokens that all problems would have taken, as far as is known, less those that some took."""
+        score = answers.score
+        mean = score.tokens_mean if score else 0.0
+        if "tokens" in self._objectives:
+            mean = float(stop.losses[list(self._objectives).index("tokens")])
+        return round(mean * n_problems) - (score.n_generated if score else 0)
 
     def _ask(self, problems: Sequence[Problem], trial: Trial | None) -> _Answers:
         """Block after block; a model that answers everything has its answers in the split's own order."""

@@ -45,7 +45,7 @@ class Kriging:
         if not weights:
             weights += [_weights(covariance, problems) for covariance in self._covariances]
         away = losses - self._mean[problems]
-        return self._mean.mean(axis=0) + np.array([w @ away[:, m] for m, w in enumerate(weights)])
+        return np.asarray(self._mean.mean(axis=0) + [w @ away[:, m] for m, w in enumerate(weights)])
 
 
 def _weights(covariance: Floats, problems: NDArray[np.int64]) -> Floats:
