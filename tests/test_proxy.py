@@ -56,9 +56,10 @@ def test_wealth_is_fair_under_the_null_by_enumeration(paired):
     losses, weights = np.array([0.0, 1.0, 0.3, 2.0]), np.array([1.0, 2.0, 0.5, 3.0])
     bar, h = np.array([losses.sum()]), np.array([paired])
     for n in (1, 2, 3):
-        mean = sum(p * _wealth(losses[o][:n], weights[o], bar, h[:, o])[0, -1] for o, p in all_orders(4, weights))
-        # A bet is skipped only where the bar can be reached no more or leaves no room, which loses nothing on average
-        assert mean == pytest.approx(1.0, abs=1e-9)
+        found = [(_wealth(losses[o][:n], weights[o], bar, h[:, o])[0, -1], p) for o, p in all_orders(4, weights)]
+        # A bet is skipped only where no room is left, which loses nothing on average.
+        assert sum(w * p for w, p in found) == pytest.approx(1.0, abs=1e-9)
+        assert min(w for w, _ in found) >= 0.0
 
 
 def test_a_bar_that_is_reached_is_refuted_with_at_most_alpha():
