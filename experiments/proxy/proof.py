@@ -392,10 +392,30 @@ def main() -> None:
     }
     (HERE / "results.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
     draw(results, HERE / "curve.png")
+    print(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's first table."""
+    rows = {"as it comes": results}
+    rows |= {f"proxy, {r['chosen']} chosen, tolerance {r['tolerance']:g}": r for r in results["curve"]}
+    rows |= {"none chosen": results["no_chosen"], "3 line points": results["line_points"]["3"]}
+    rows |= {f"{name}, {n} problems": r for name in ("evo_l2s", "merge3") for n, r in results[name].items()}
+    return "\n".join(f"| {name} | {' | '.join(_cells(row))} |" for name, row in rows.items())
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    with_interval = [
+        f"{100 * row[key]:.{d}f} ({100 * row[f'{key}_interval'][0]:.{d}f} to {100 * row[f'{key}_interval'][1]:.{d}f})"
+        for key, d in (("tokens_fraction", 1), ("hypervolume_regret", 2))
+    ]
+    plain = [f"{100 * row[key]:.1f}" for key in ("tokens_fraction_live", "seconds_fraction")]
+    ranks = [f"{row[key]:.3f}" for key in ("spearman_accuracy", "spearman_tokens")]
+    return [with_interval[0], *plain, with_interval[1], *ranks]
 
 
 def rounded(value: Any) -> Any:
-    """The same with four significant digits less noise."""
+    """The same with five decimals."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
     if isinstance(value, list):
