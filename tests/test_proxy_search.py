@@ -18,18 +18,18 @@ from fitness.types import Split
 from tests.conftest import CHIMERA
 from tests.test_search import events
 
-N = 32
-TOLERANCE = 0.02
+N = 18
+TOLERANCE = 0.04
 
 
-def write_config(folder, *, proxy=None, optimizer="{kind: random}", candidates=14):
+def write_config(folder, *, proxy=None, optimizer="{kind: random}", candidates=13):
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"enabled": True, "chosen": 8, "tolerance": TOLERANCE, **(proxy or {})}
+    settings = {"enabled": True, "chosen": 8, "screen": 0, "tolerance": TOLERANCE, **(proxy or {})}
     (folder / "search.yaml").write_text(f"""\
 parents: {{reasoner: {CHIMERA}/reasoner, concise: {CHIMERA}/concise}}
 base: {CHIMERA}/base
-task: {{kind: arithmetic, search: {N}, reserve: 8, held_out: 8}}
-engine: {{dtype: float32, device: cpu, batch_size: 64, max_tokens: 110, threads: 1}}
+task: {{kind: arithmetic, search: {N}, reserve: 4, held_out: 4}}
+engine: {{dtype: float32, device: cpu, batch_size: 64, max_tokens: 110, threads: 1, options: {{experts_implementation: eager}}}}
 optimizer: {optimizer}
 baselines: {{line_points: 3}}
 proxy: {{{", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())}}}
@@ -67,8 +67,12 @@ def of_search(history):
 
 def test_some_are_stopped_and_cost_less(histories):
     stopped = [e for _, e in of_search(histories["proxy"]) if e.status is Status.PARTIAL]
-    assert 2 <= len(stopped) < 8
-    assert histories["proxy"].spent["tokens"] < histories["full"].spent["tokens"]
+    assert 2 <= len(stopped) < 7
+    cost = {
+        name: sum(e.summary["n_generated"] for e in history.entries[Split.SEARCH].values())
+        for name, history in histories.items()
+    }
+    assert cost["proxy"] < cost["full"]
 
 
 def test_what_was_asked_was_answered_as_without_the_proxy(histories):
@@ -138,7 +142,7 @@ def test_stopped_and_extended_equals_uninterrupted(tmp_path):
     optimizer = "{kind: cma_es, population: 3}"
     Search.from_yaml(write_config(tmp_path / "whole", optimizer=optimizer), tmp_path / "whole" / "run").run()
     path = write_config(tmp_path / "parts", optimizer=optimizer)
-    for n in (7, 10, 14):
+    for n in (7, 9, 13):
         Search.from_yaml(path, tmp_path / "parts" / "run").run(budget=Budget(candidates=n))
     asks, entries, scores = events(tmp_path / "whole" / "run")
     asks_in_parts, entries_in_parts, scores_in_parts = events(tmp_path / "parts" / "run")
