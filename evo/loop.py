@@ -168,7 +168,7 @@ class Loop:
         recipe = ask.recipe_in(lambda: self._space)
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         raced = self._config.proxy.enabled and ask.origin is Origin.SEARCH and split is Split.SEARCH
-        evaluation = self._worker.evaluate(candidate, split, self._proxy.trial() if raced else None)
+        evaluation = self._worker.evaluate(candidate, split, trial=self._proxy.trial() if raced else None)
         self._history.keep_batch_size(self._worker.batch_size)
         self._history.keep_caveat(self._worker.caveat)
         return evaluation

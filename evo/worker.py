@@ -71,15 +71,15 @@ class Worker:
         return self._engine.caveat
 
     def evaluate(
-        self, candidate: Candidate, split: Split, trial: Trial | None = None, limit: int | None = None
+        self, candidate: Candidate, split: Split, limit: int | None = None, trial: Trial | None = None
     ) -> Evaluation:
         """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it.
 
         Args:
             candidate: what to evaluate.
             split: whose problems.
+            limit: the first so many of them; None for all, and with a trial.
             trial: may stop it before all of them have been asked.
-            limit: the first so many of them, without a trial; None for all.
         """
         start = time.perf_counter()
         try:
