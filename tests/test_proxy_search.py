@@ -20,6 +20,7 @@ from tests.test_search import events
 
 N = 18
 TOLERANCE = 0.04
+EAGER = "options: {experts_implementation: eager}"
 
 
 def write_config(folder, *, proxy=None, optimizer="{kind: random}", candidates=13):
@@ -29,7 +30,7 @@ def write_config(folder, *, proxy=None, optimizer="{kind: random}", candidates=1
 parents: {{reasoner: {CHIMERA}/reasoner, concise: {CHIMERA}/concise}}
 base: {CHIMERA}/base
 task: {{kind: arithmetic, search: {N}, reserve: 4, held_out: 4}}
-engine: {{dtype: float32, device: cpu, batch_size: 64, max_tokens: 110, threads: 1, options: {{experts_implementation: eager}}}}
+engine: {{dtype: float32, device: cpu, batch_size: 64, max_tokens: 110, threads: 1, {EAGER}}}
 optimizer: {optimizer}
 baselines: {{line_points: 3}}
 proxy: {{{", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())}}}
