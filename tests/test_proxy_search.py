@@ -182,8 +182,8 @@ def test_likelihood_is_that_of_a_plain_forward_pass(parents):
     engine = TransformersEngine(str(parents["a"]), dtype="float32", device="cpu", batch_size=4)
     prompts, answers = ["1+2", "34*5-6"], ["3;", "12=7+"]
     for prompt, answer, found in zip(prompts, answers, engine.log_likelihood(prompts, answers), strict=True):
-        asked = engine._encode(prompt)
-        ids = torch.tensor([[*asked, *engine._tokenizer(answer, add_special_tokens=False)["input_ids"], 2]])
+        asked = engine._text.encode(prompt)
+        ids = torch.tensor([[*asked, *engine._text.tokenizer(answer, add_special_tokens=False)["input_ids"], 2]])
         with torch.inference_mode():
             nats = torch.log_softmax(engine._model(ids).logits[0].double(), -1)
         expected = sum(float(nats[i - 1, ids[0, i]]) for i in range(len(asked), ids.shape[1]))
