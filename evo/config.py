@@ -30,6 +30,7 @@ from evo.optimizers import OPTIMIZERS
 from evo.places import at, line_numbers
 from fitness.engines import ENGINES, what_is_missing
 from fitness.orderliness import Orderliness
+from fitness.proxy import ESTIMATORS
 from fitness.tasks import TASKS
 from search_spaces import SPACES
 
@@ -170,6 +171,34 @@ class Budget(_Section):
         return self
 
 
+class ProxyConfig(_Section):
+    """Spares candidates of the search problems; parents and baselines, which it learns from, are asked all of them.
+
+    It learns more from more baselines: line_points of about 9.
+    """
+
+    enabled: bool = False
+    screen: int = Field(4, ge=0)
+    """A candidate whose answers to so many problems all loop up to the token limit is dead; 0 looks at none."""
+    likelihood: bool = False
+    """A candidate that finds the parents' correct answers as unlikely as noise is dead. Needs log-probabilities."""
+    race: bool = True
+    """Whether a candidate stops when one member of the front is certain to be no worse in any objective."""
+    alpha: float = Field(0.1, gt=0, lt=1)
+    """How likely, at most, a candidate is stopped that beats every member by the tolerance."""
+    tolerance: float = Field(0.01, ge=0, lt=1)
+    """Differences that are worth no full evaluation, as a share of the hypervolume's box in each objective."""
+    chosen: int = Field(16, ge=0)
+    """Problems that are asked first because parents and baselines differ on them; the others come by lot."""
+    estimator: str = "kriging"
+    """What a stopped candidate is estimated by."""
+
+    @field_validator("estimator")
+    @classmethod
+    def _estimator(cls, value: str) -> str:
+        return _known(value, ESTIMATORS, "estimator")
+
+
 class Tracking(_Section):
     """Where MLflow keeps what it is told. Safe to change between sittings."""
 
@@ -211,6 +240,7 @@ class Config(_Section):
     constraints: Constraints = Field(default_factory=lambda: Constraints.model_validate({}))
     orderliness: Orderliness = Field(default_factory=Orderliness)
     """What counts as repetition and as self-correction in the figures beside accuracy and tokens."""
+    proxy: ProxyConfig = Field(default_factory=lambda: ProxyConfig.model_validate({}))
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
     seed: int = Field(0, ge=0)
@@ -393,14 +423,19 @@ def _check_capabilities(config: Config) -> Iterator[tuple[tuple[str, ...], str]]
     if missing_package := what_is_missing(config.engine.kind):
         yield ("engine", "kind"), missing_package
     engines = {name: pkgutil.resolve_name(target).capabilities for name, target in ENGINES.items()}
+    asked: list[tuple[tuple[str, ...], str, frozenset[str]]] = []
     for section, table in (("space", SPACES), ("task", TASKS)):
         kind = getattr(config, section).kind
         needs: frozenset[str] = getattr(pkgutil.resolve_name(table[kind]), "needs", frozenset())
+        asked.append(((section, "kind"), repr(kind), needs))
+    if config.proxy.enabled and config.proxy.likelihood:
+        asked.append((("proxy", "likelihood"), "the likelihood screen", frozenset({"logprobs"})))
+    for place, who, needs in asked:
         if missing := needs - engines[config.engine.kind]:
             able = ", ".join(name for name, has in engines.items() if needs <= has) or "none yet"
             yield (
-                (section, "kind"),
-                f"{kind!r} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
+                place,
+                f"{who} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
                 f"engines that have it: {able}",
             )
 

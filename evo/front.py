@@ -146,7 +146,7 @@ def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
 def rows_of(
     entries: Iterable[Entry], proofs: Mapping[int, Entry], asks: Sequence[Ask], held_out: Mapping[int, Entry]
 ) -> list[Row]:
-    """Rows of the evaluations that gave scores. What has been scored again with exact donors has these scores.
+    """Rows of the evaluations that gave scores on all problems, those with exact donors where there are such.
 
     Args:
         entries: on the search split.
@@ -155,7 +155,7 @@ def rows_of(
         held_out: candidate id -> its evaluation on the held-out split.
     """
     last = (proofs.get(entry.candidate_id, entry) for entry in entries)
-    return [Row(asks[e.candidate_id], e, held_out.get(e.candidate_id)) for e in last if e.losses is not None]
+    return [Row(asks[e.candidate_id], e, held_out.get(e.candidate_id)) for e in last if e.measured]
 
 
 def front_of(rows: Sequence[Row], objectives: tuple[str, ...]) -> Front:

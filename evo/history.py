@@ -13,7 +13,7 @@ from evo.config import Budget
 from evo.front import Front, Row, extended, front_of, rows_of
 from evo.ledger import Ask, Entry, Ledger
 from evo.types import Candidate, Evaluation
-from fitness.types import Split
+from fitness.types import Score, Split
 
 log = logging.getLogger("mergefront")
 
@@ -65,6 +65,10 @@ class History:
         self.front = self._whole_front()
         return entry
 
+    def score(self, entry: Entry) -> Score:
+        """The per-problem arrays of an evaluation."""
+        return self._ledger.score(entry)
+
     @property
     def batch_size(self) -> int | None:
         """What an automatic batch size was found to be when the run started; None: not found yet."""
@@ -96,5 +100,5 @@ class History:
 
     def _count(self, entry: Entry) -> None:
         self.spent["candidates"] += 1
-        self.spent["tokens"] += (entry.summary or {}).get("n_generated", 0)
+        self.spent["tokens"] += entry.n_tokens
         self.spent["hours"] += entry.seconds / 3600.0

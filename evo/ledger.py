@@ -26,7 +26,8 @@ from fitness.types import Score, Split
 from search_spaces.genes import Genome, SearchSpace
 from search_spaces.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
+"""1 is the same without partial evaluations."""
 FILE = "ledger.sqlite"
 PROOF = "search, exact donors"
 """Stands for the search split in the rows that score a candidate again, exactly."""
@@ -120,9 +121,29 @@ class Entry:
         return "delta_errors" not in self.detail
 
     @property
+    def measured(self) -> bool:
+        """Whether its losses are those of all problems of the split."""
+        return self.status is Status.DONE
+
+    @property
     def feasible(self) -> bool:
         """Measured, and within every constraint."""
-        return self.status is Status.DONE and not self.violations
+        return self.measured and not self.violations
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the proxy's screen found it dead."""
+        return self.status is Status.PARTIAL and self.detail["stopped_by"] is None
+
+    @property
+    def n_saved(self) -> int:
+        """Tokens that the proxy spared it, by its estimate of them."""
+        return int(self.detail.get("n_saved", 0))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that it cost: generated, and read under teacher forcing."""
+        return int((self.summary or {}).get("n_generated", 0)) + int(self.detail.get("n_forced", 0))
 
 
 class Ledger:
@@ -163,8 +184,8 @@ class Ledger:
             version = ledger.meta("format")
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{folder / FILE} is damaged: {error}") from error
-        if version != FORMAT:
-            raise LedgerError(f"{folder / FILE} has format {version}; this version reads format {FORMAT}")
+        if version not in (1, FORMAT):
+            raise LedgerError(f"{folder / FILE} has format {version}; this version reads formats 1 and {FORMAT}")
         return ledger
 
     def close(self) -> None:
@@ -247,11 +268,12 @@ class Ledger:
         return {entry.candidate_id: entry for entry in self._entries("split = ?", (PROOF,))}
 
     def score(self, entry: Entry) -> Score:
-        """The per-problem arrays of an evaluation."""
+        """The per-problem arrays of an evaluation; of a partial one, on the problems that were asked, in order."""
         row = self._db.execute(
             "SELECT verdicts, n_tokens, n_think_tokens FROM outcomes WHERE seq = ?", (entry.seq,)
         ).fetchone()
         ids = tuple(self.problem_ids(entry.split))
+        ids = tuple(ids[i] for i in entry.detail["problems"]) if entry.status is Status.PARTIAL else ids
         shape = (len(ids), -1)
         return Score(
             problem_ids=ids,

@@ -17,6 +17,7 @@ from evo.config import Config
 from evo.history import History
 from evo.ledger import Ask, Entry
 from evo.optimizers import Optimizer, Outcome, Start
+from evo.proxy import Proxy
 from evo.run_folder import stop_requested
 from evo.types import Candidate, Evaluation, Origin, Status
 from evo.worker import Worker
@@ -61,6 +62,7 @@ class Loop:
     ) -> None:
         self._config, self._folder, self._history, self._digests = config, folder, history, digests
         self._space, self._task, self._watch = space, task, watch
+        self._proxy = Proxy(config, history, task)
         self._worker: Worker | None = None
         self._has_told_errors = False
         self._n_first = 0  # parents and baselines, which no optimizer proposed
@@ -160,6 +162,8 @@ class Loop:
 
     def _violations(self, ask: Ask, evaluation: Evaluation) -> dict[str, float]:
         """By how much each constraint is violated; parents define the floor, so it is not asked of them."""
+        if evaluation.status is Status.PARTIAL:  # a stopped candidate is measured by its member alone
+            return {"collapsed": 1.0} if evaluation.detail["stopped_by"] is None else {}
         if evaluation.score is None:
             return {}
         constraints = self._config.constraints
@@ -178,7 +182,8 @@ class Loop:
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         searched = ask.origin is Origin.SEARCH and split is Split.SEARCH and not exact
         compressed = searched and self._config.memory.deltas != "exact"
-        evaluation = self._worker.evaluate(candidate, split, compressed=compressed)
+        trial = self._proxy.trial() if searched and self._config.proxy.enabled else None
+        evaluation = self._worker.evaluate(candidate, split, compressed=compressed, trial=trial)
         self._history.keep_batch_size(self._worker.batch_size)
         self._history.keep_caveat(self._worker.caveat)
         if (errors := evaluation.detail.get("delta_errors")) and not self._has_told_errors:

@@ -6,7 +6,7 @@ Live on a terminal; one line an evaluation elsewhere (logs, CI).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from evo.config import Budget
 from evo.front import Front, Row, percent, spread
 from evo.history import History
-from evo.ledger import Ledger
+from evo.ledger import Entry, Ledger
 from evo.loop import Progress as Event
 from evo.loop import Watcher
 from evo.run_folder import holder, is_held
@@ -133,6 +133,15 @@ def print_ending(front: Front, search: Search) -> None:
     console.print("go on     the same command with --budget candidates=N, N larger than before")
 
 
+def _proxy_line(stopped: Sequence[Entry], history: History) -> str:
+    n_saved, n_collapsed = sum(entry.n_saved for entry in stopped), sum(entry.collapsed for entry in stopped)
+    share = n_saved / (n_saved + history.spent["tokens"])
+    return (
+        f"proxy {len(stopped) - n_collapsed} stopped in the race, {n_collapsed} collapsed; "
+        f"about {n_saved:,} tokens ({share:.0%}) saved"
+    )
+
+
 def print_status(folder: Path) -> None:
     """The state of a run, read from its ledger without disturbing it."""
     with closing(Ledger.open(folder, read_only=True)) as ledger:
@@ -145,6 +154,8 @@ def print_status(folder: Path) -> None:
     console.print(f"{folder}: [bold]{state}[/bold], {share_spent(history):.0%} of the budget spent")
     console.print(_budget_line(history.budget, history.spent))
     console.print(f"evaluated {len(searched)}, failed {n_failed}, infeasible {n_infeasible}; {_pace(history)}")
+    if stopped := [entry for entry in searched if entry.status is Status.PARTIAL]:
+        console.print(_proxy_line(stopped, history))
     console.print(f"front {len(front.members)} models, hypervolume {front.hypervolume:.4f}")
     if caveat:
         console.print(f"note: {caveat}")
@@ -171,8 +182,8 @@ def _pace(history: History) -> str:
 def _line(event: Event, seconds: float) -> str:
     entry, history = event.entry, event.history
     where = f"{seconds:7.1f}s  {share_spent(history):4.0%}  {event.ask.name:<12}"
-    if entry.summary is None:
-        return f"{where} failed: {entry.detail.get('reason')}"
+    if entry.status is Status.PARTIAL or entry.summary is None:
+        return f"{where} {'failed' if entry.status is Status.FAILED else 'stopped'}: {entry.detail.get('reason')}"
     score = entry.summary
     text = (
         f"{where} accuracy {score['accuracy']:.3f} ± {score['accuracy_stderr']:.3f}, tokens {score['tokens_mean']:.1f}"

@@ -31,6 +31,8 @@ class Status(StrEnum):
     DONE = "done"
     FAILED = "failed"
     """Could not be measured; `detail` says why. Never on a front."""
+    PARTIAL = "partial"
+    """Stopped by the proxy before all problems were asked; losses are an estimate. Never on a front."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Evaluation:
     violations: dict[str, float] = field(default_factory=dict)
     """Constraint -> by how much it is violated (> 0). Empty: feasible."""
     score: Score | None = None
+    """Of a partial evaluation: on the problems that were asked, in the order in which they were."""
     detail: dict[str, Any] = field(default_factory=dict)
     """Seconds by phase, tensors written, sample completions, or the reason of a failure."""
 

@@ -7,17 +7,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from evo import interrupts
 from evo.types import Candidate, Evaluation, Status
 from fitness.evaluator import Evaluator
 from fitness.objectives import losses
 from fitness.orderliness import Orderliness
-from fitness.types import Completion, Engine, Problem, Split, Task
+from fitness.proxy.trial import Stop, Trial, joined
+from fitness.types import Completion, Engine, Problem, Score, Split, Task
 
 N_SAMPLES = 3
 """Completions of each candidate that are kept as text, to be read by a person."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What came of asking a model."""
+
+    score: Score | None
+    """None if it was asked nothing."""
+    completions: list[list[Completion]]
+    asked: NDArray[np.int64]
+    """Positions of the problems asked, in the order of score and completions."""
+    stop: Stop | None
+    n_forced: int
 
 
 class Worker:
@@ -54,22 +72,29 @@ class Worker:
         return self._engine.caveat
 
     def evaluate(
-        self, candidate: Candidate, split: Split, limit: int | None = None, *, compressed: bool = False
+        self,
+        candidate: Candidate,
+        split: Split,
+        limit: int | None = None,
+        *,
+        compressed: bool = False,
+        trial: Trial | None = None,
     ) -> Evaluation:
         """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it.
 
         Args:
             candidate: what to evaluate.
             split: whose problems.
-            limit: the first so many of them; None for all.
+            limit: the first so many of them; None for all, and with a trial.
             compressed: whether donors may be merged as they are compressed.
+            trial: may stop it before all of them have been asked.
         """
         start = time.perf_counter()
         try:
             report = self._engine.update({**candidate.recipe.to_dict(), "compressed": compressed})
             problems = self._problems_of(split)[:limit]
             generate_start = time.perf_counter()
-            score, completions = self._evaluator.evaluate(problems)
+            answers = self._ask(problems, trial)
         except Exception as error:  # whatever a merge can do to a model ends here, not the run
             if interrupts.pending():
                 raise KeyboardInterrupt from error
@@ -79,22 +104,51 @@ class Worker:
                 time.perf_counter() - start,
                 detail={"reason": f"{type(error).__name__}: {error}"},
             )
-        return Evaluation(
-            candidate.id,
-            Status.DONE,
-            time.perf_counter() - start,
-            losses=losses(score, self._objectives),
-            score=score,
-            detail={
-                "write_seconds": report.seconds,
-                "generate_seconds": time.perf_counter() - generate_start,
-                "n_written": report.n_written,
-                "n_skipped": report.n_skipped,
-                "n_compiled": report.n_compiled,
-                "samples": self._samples(problems, completions),
-                **({"delta_errors": dict(report.delta_errors)} if compressed else {}),
-            },
-        )
+        detail = {
+            "write_seconds": report.seconds,
+            "generate_seconds": time.perf_counter() - generate_start,
+            "n_written": report.n_written,
+            "n_skipped": report.n_skipped,
+            "n_compiled": report.n_compiled,
+            "samples": self._samples([problems[i] for i in answers.asked], answers.completions),
+            **({"delta_errors": dict(report.delta_errors)} if compressed else {}),
+            **({"n_forced": answers.n_forced} if answers.n_forced else {}),
+        }
+        seconds, score, stop = time.perf_counter() - start, answers.score, answers.stop
+        if stop is None:
+            assert score is not None, "only a stopped candidate is asked nothing"
+            found = losses(score, self._objectives)
+            return Evaluation(candidate.id, Status.DONE, seconds, found, score=score, detail=detail)
+        detail |= {"reason": stop.reason, "stopped_by": stop.member}
+        detail |= {"problems": answers.asked.tolist(), "n_saved": self._saved(answers, stop, len(problems))}
+        return Evaluation(candidate.id, Status.PARTIAL, seconds, stop.losses, score=score, detail=detail)
+
+    def _saved(self, answers: _Answers, stop: Stop, n_problems: int) -> int:
+        """Tokens that all problems would have taken, as far as is known, less those that some took."""
+        score = answers.score
+        mean = score.tokens_mean if score else 0.0
+        if "tokens" in self._objectives:
+            mean = float(stop.losses[list(self._objectives).index("tokens")])
+        return round(mean * n_problems) - (score.n_generated if score else 0)
+
+    def _ask(self, problems: Sequence[Problem], trial: Trial | None) -> _Answers:
+        """Block after block; a model that answers everything has its answers in the split's own order."""
+        reason, n_forced = trial.screen.unlikely(self._engine) if trial else (None, 0)
+        nothing = np.zeros(0, np.int64)
+        if trial and reason:
+            return _Answers(None, [], nothing, Stop(f"collapsed: {reason}", trial.worst), n_forced)
+        parts: list[Score] = []
+        completions: list[list[Completion]] = []
+        asked, stop = nothing, None
+        for block in trial.blocks() if trial else [np.arange(len(problems))]:
+            score, written = self._evaluator.evaluate([problems[i] for i in block])
+            parts.append(score)
+            completions += written
+            asked = np.concatenate([asked, block])
+            if trial and (stop := trial.judge(joined(parts), asked)):
+                return _Answers(joined(parts), completions, asked, stop, n_forced)
+        order = np.argsort(asked)
+        return _Answers(joined(parts).take(order), [completions[i] for i in order], asked[order], None, n_forced)
 
     def _problems_of(self, split: Split) -> list[Problem]:
         if split not in self._problems:

@@ -113,6 +113,18 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds a given completion."""
+
+    total: float
+    """Sum of the log-probabilities of its tokens, in nats; NaN if the model's logits are not finite."""
+    n_tokens: int
+    """Tokens of the completion, a stop token included."""
+    blind: float
+    """Log-probability of a token under a blind guess over the vocabulary."""
+
+
+@dataclass(frozen=True)
 class Score:
     """How a model did on a list of problems."""
 
@@ -165,6 +177,16 @@ class Score:
     def n_generated(self) -> int:
         """Generated tokens in all."""
         return int(self.n_tokens.sum())
+
+    def take(self, positions: NDArray[np.int64]) -> Score:
+        """The score on some of the problems, in the order given."""
+        return Score(
+            tuple(self.problem_ids[i] for i in positions),
+            self.verdicts[positions],
+            self.n_tokens[positions],
+            self.n_think_tokens[positions],
+            {name: values[positions] for name, values in self.orderliness.items()},
+        )
 
     def summary(self) -> dict[str, float | int | None]:
         """The figures that tables show, all as plain numbers; None where there is nothing to average."""
@@ -250,6 +272,13 @@ class Engine(Protocol):
 
         Raises:
             ValueError: if no prompt leaves room for max_tokens in the model's context.
+        """
+        ...
+
+    def log_likelihood(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Likelihood]:
+        """How likely the model finds completions of prompts, each ended by a stop token (teacher forcing).
+
+        Only engines with the capability "logprobs" have this.
         """
         ...
 

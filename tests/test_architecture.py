@@ -13,6 +13,7 @@ from evo.merge import METHODS
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
 from fitness.graders import GRADERS
+from fitness.proxy import ESTIMATORS
 from fitness.tasks import TASKS
 from search_spaces import SPACES
 
@@ -72,7 +73,7 @@ def test_search_spaces_are_pure_data():
         assert imports_of(file) <= allowed, file
 
 
-@pytest.mark.parametrize("table", [SPACES, TASKS, GRADERS, ENGINES, METHODS, OPTIMIZERS])
+@pytest.mark.parametrize("table", [SPACES, TASKS, GRADERS, ENGINES, METHODS, OPTIMIZERS, ESTIMATORS])
 def test_tables_name_what_exists_and_say_what_it_is(table):
     for name, target in table.items():
         found = pkgutil.resolve_name(target)

@@ -27,7 +27,9 @@ def test_every_command_is_described_and_no_other():
     assert set(re.findall(r"`mergefront (\w+)", README)) == commands
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "experiments/chimera_mini/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "experiments/chimera_mini/README.md", "experiments/proxy/README.md"]
+)
 def test_files_that_are_named_exist(document):
     folder = (ROOT / document).parent
     text = (ROOT / document).read_text()

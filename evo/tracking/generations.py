@@ -13,6 +13,7 @@ from functools import cached_property
 from evo.config import Budget
 from evo.front import Front, Row, front_of, rows_of
 from evo.ledger import Ask, Entry, Ledger
+from evo.types import Status
 from fitness.types import Split
 
 TOLERANCE = 0.02
@@ -136,12 +137,16 @@ def _best(front: Front) -> dict[str, float]:
 
 def _of_batch(batch: Sequence[Entry]) -> dict[str, float]:
     """Means over all that were measured; the extremes over the feasible, else a broken model has the fewest tokens."""
-    measured = [entry.summary for entry in batch if entry.summary]
+    measured = [entry.summary for entry in batch if entry.summary and entry.measured]
     feasible = [entry.summary for entry in batch if entry.summary and entry.feasible]
     found = {
         "gen/feasible_share": len(feasible) / len(batch),
-        "gen/failed": float(len(batch) - len(measured)),
+        "gen/failed": float(sum(entry.status is Status.FAILED for entry in batch)),
     }
+    if stopped := [entry for entry in batch if entry.status is Status.PARTIAL]:
+        n_collapsed = sum(entry.collapsed for entry in stopped)
+        found["proxy/collapsed"], found["proxy/stopped"] = float(n_collapsed), float(len(stopped) - n_collapsed)
+        found["proxy/tokens_saved"] = float(sum(entry.n_saved for entry in stopped))
     if measured:
         found["gen/accuracy_mean"] = sum(s["accuracy"] for s in measured) / len(measured)
         found["gen/tokens_mean"] = sum(s["tokens_mean"] for s in measured) / len(measured)
@@ -165,6 +170,6 @@ def _pace(batch: Sequence[Entry]) -> dict[str, float]:
 def _spent(entries: Sequence[Entry]) -> dict[str, float]:
     return {
         "candidates": float(len(entries)),
-        "tokens": float(sum((entry.summary or {}).get("n_generated", 0) for entry in entries)),
+        "tokens": float(sum(entry.n_tokens for entry in entries)),
         "hours": sum(entry.seconds for entry in entries) / 3600.0,
     }

@@ -25,11 +25,13 @@ def overview(record: Record, config: Config, folder: Path, state: str) -> str:
     """
     front, failed = record.front, sum(entry.status is Status.FAILED for entry in record.entries)
     infeasible = sum(bool(entry.violations) for entry in record.entries)
+    n_stopped = sum(entry.status is Status.PARTIAL for entry in record.entries)
+    stopped = f", {n_stopped} stopped early" if n_stopped else ""
     n_genes = next((f", {len(ask.genome)} genes" for ask in record.asks if ask.genome is not None), "")
     asked = max((ask.generation for ask in record.asks), default=0)
     lines = [
         f"**{state.capitalize()}** in generation {asked}: {len(record.entries)} models evaluated "
-        f"({infeasible} infeasible, {failed} failed), {len(front.members)} on the front, "
+        f"({infeasible} infeasible, {failed} failed{stopped}), {len(front.members)} on the front, "
         f"hypervolume {front.hypervolume:.4f}.",
         "",
         f"`{config.optimizer.kind}` searches the space `{config.space.kind}` (`{config.space.method}`{n_genes}) "

@@ -5,6 +5,7 @@ Text is in text.py, the loop over tokens in decoding.py.
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from fitness.engines.decoding import Decoder, Request
 from fitness.engines.memory import free_bytes, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
 from fitness.engines.text import Text, encode, limits
-from fitness.types import Completion, Decoding
+from fitness.types import Completion, Decoding, Likelihood
 
 
 class TransformersEngine:
@@ -46,7 +47,7 @@ class TransformersEngine:
             what is not followed here.
     """
 
-    capabilities = frozenset({"generate"})
+    capabilities = frozenset({"generate", "logprobs"})
     caveat: str | None = None
 
     def __init__(
@@ -118,6 +119,22 @@ class TransformersEngine:
         ]
         written = self._decoder.decode(requests, self.batch_size)
         return [self._text.completion(ids, max_tokens) for ids in written]
+
+    @torch.inference_mode()
+    def log_likelihood(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Likelihood]:
+        """See Engine. All completions go through the model together."""
+        asked = [self._text.encode(prompt) for prompt in prompts]
+        read, stop_id = self._text.tokenizer, self._text.stop_ids[0]
+        given = [[*read(c, add_special_tokens=False)["input_ids"], stop_id] for c in completions]
+        rows = [torch.tensor(a + g) for a, g in zip(asked, given, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # (N, L), padded on the right
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        logits = self._model(input_ids=ids, attention_mask=mask.to(self.device), use_cache=False).logits
+        nats = logits[:, :-1].float().log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2).cpu()  # (N, L - 1)
+        return [
+            Likelihood(float(row[len(a) - 1 : len(a) - 1 + len(g)].sum()), len(g), -math.log(logits.shape[-1]))
+            for row, a, g in zip(nats, asked, given, strict=True)
+        ]
 
     @torch.inference_mode()
     def _find_batch_size(self, n_tokens: int) -> int:

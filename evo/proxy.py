@@ -1,0 +1,110 @@
+"""The proxy of a run: what fitness.proxy needs to know, read from the ledger.
+
+References are the parents and baselines, which were asked every problem before the search began, so the order of
+problems is the same in every sitting of a run.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evo.config import Config
+from evo.front import Row
+from evo.history import History
+from evo.types import Origin
+from fitness.objectives import per_problem, worst
+from fitness.proxy import ESTIMATORS
+from fitness.proxy.order import choose
+from fitness.proxy.racing import Race
+from fitness.proxy.screen import Screen, Trace
+from fitness.proxy.trial import Estimator, Trial
+from fitness.types import Split, Task, Verdict
+
+FIRST = 16
+"""Problems before the first look, where none are chosen."""
+
+
+class Proxy:
+    """Hands out trials. Parents and baselines have been scored by then.
+
+    Args:
+        config: of the run.
+        history: of the run; the front is read from it whenever a trial is asked for.
+        task: of the run.
+    """
+
+    def __init__(self, config: Config, history: History, task: Task) -> None:
+        self._config, self._history, self._task = config, history, task
+        self._losses: dict[int, NDArray[np.float64]] = {}
+
+    def trial(self) -> Trial:
+        """The rules for a candidate that is evaluated now."""
+        members = self._history.front.members
+        return Trial(
+            objectives=self._config.objectives,
+            race=self._race,
+            racing=self._config.proxy.race,
+            screen=self._screen,
+            estimator=self._estimator,
+            ids=tuple(row.ask.id for row in members),
+            members=np.array([self._losses_of(row) for row in members]),
+            worst=worst(self._config.objectives, self._config.engine.max_tokens),
+            first=self._config.proxy.chosen or FIRST,
+        )
+
+    @cached_property
+    def _references(self) -> list[Row]:
+        """Parents first."""
+        return [*self._history.front.parents, *self._history.front.baselines]
+
+    @cached_property
+    def _reference_losses(self) -> NDArray[np.float64]:
+        return np.array([self._losses_of(row) for row in self._references])
+
+    @cached_property
+    def _race(self) -> Race:
+        scale, floor = self._history.front.scale, self._reference_losses.min(axis=0)
+        assert scale is not None, "parents come before any candidate"
+        if "error" in self._config.objectives:
+            floor[:, self._config.objectives.index("error")] = 0.0
+        return Race(
+            order=choose(self._reference_losses, self._config.proxy.chosen, self._config.seed),
+            tolerance=self._config.proxy.tolerance * scale.reference,
+            floor=floor,
+            alpha=self._config.proxy.alpha,
+        )
+
+    @cached_property
+    def _estimator(self) -> Estimator:
+        build = pkgutil.resolve_name(ESTIMATORS[self._config.proxy.estimator])
+        found: Estimator = build(self._reference_losses, len(self._config.parents), self._config.objectives)
+        return found
+
+    @cached_property
+    def _screen(self) -> Screen:
+        scores = [self._history.score(row.search) for row in self._references]
+        ended = np.array([(score.verdicts != Verdict.TRUNCATED).all(axis=1) for score in scores])
+        return Screen(self._config.proxy.screen, np.asarray(ended.any(axis=0)), self._traces())
+
+    def _traces(self) -> tuple[Trace, ...]:
+        """Correct answers of parents among the samples that the ledger keeps as text."""
+        if not self._config.proxy.likelihood:
+            return ()
+        prompts = {problem.question: self._task.prompt(problem) for problem in self._task.problems(Split.SEARCH)}
+        return tuple(
+            Trace(row.ask.name, prompts[sample["question"]], sample["completion"])
+            for row in self._references
+            if row.ask.origin is Origin.PARENT
+            for sample in row.search.detail["samples"]
+            if sample["verdict"] == "correct"
+        )
+
+    def _losses_of(self, row: Row) -> NDArray[np.float64]:
+        """Losses on all problems, (P, M)."""
+        if row.ask.id not in self._losses:
+            self._losses[row.ask.id] = per_problem(self._history.score(row.search), self._config.objectives)
+        return self._losses[row.ask.id]
