@@ -128,7 +128,10 @@ def test_bytes_are_those_of_the_real_model_cache_and_files(tmp_path, config):
     checkpoint = Checkpoint.open(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     resident = sum(t.nbytes for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
-    assert model_bytes(checkpoint, "bfloat16") == pytest.approx(resident, rel=0.01)  # a float32 bias in DeepSeek's
+    # DeepSeek's biases stay float32 whatever is asked for, and its routers since transformers 5.24
+    float32 = sum(t.nbytes // 2 for t in model.state_dict().values() if t.dtype is torch.float32)
+    assert model_bytes(checkpoint, "bfloat16") == pytest.approx(resident - float32, rel=0.001)
+    assert float32 < 0.02 * resident  # on so small a model; plans are to be within a tenth
     weights = sum(checkpoint.tensor(name).nbytes for name in checkpoint.headers)
     files = {f for f in folder.iterdir() if "safetensors" not in f.name}
     assert export_bytes(checkpoint) == weights + sum(f.stat().st_size for f in files)
