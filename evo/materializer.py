@@ -170,8 +170,7 @@ class Materializer:
 
     def _matrix(self, part: Part) -> tuple[int, int]:
         """Shape of a part's matrix."""
-        shape = next(iter(self._checkpoints.values())).entries[part.tensor].shape
-        return matrix_shape(shape if part.row is None else shape[1:])
+        return matrix_shape(part.shape_in(next(iter(self._checkpoints.values())).entries[part.tensor].shape))
 
     @torch.no_grad()
     def feed(self, recipe: Mapping[str, Any], load: Callable[[Iterator[tuple[str, Tensor]]], object]) -> UpdateReport:

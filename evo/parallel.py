@@ -30,8 +30,7 @@ def own_parts(checkpoint: Checkpoint) -> list[Part]:
 
 def part_shape(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:
     """Shape of a part."""
-    shape = checkpoint.entries[part.tensor].shape
-    return shape if part.row is None else shape[1:]
+    return part.shape_in(checkpoint.entries[part.tensor].shape)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def targets_of(part: Part, entries: Sequence[Entry], slots: Slots) -> list[Targe
 def _target(part: Part, entries: Sequence[Entry], shard: Shard) -> Target:
     """Raises CheckpointError as `targets_of` does."""
     name, full = part.tensor, max((entry.shape for entry in entries), key=math.prod)
-    shape = full if part.row is None else full[1:]
+    shape = part.shape_in(full)
     n_rows, n_columns = matrix_shape(shape)
     rows, columns = (slice(*s.indices(n)) for s, n in ((shard.rows, n_rows), (shard.columns, n_columns)))
     asked = [end or 0 for s in (shard.rows, shard.columns) for end in (s.start, s.stop)]

@@ -8,7 +8,7 @@ recipes speak of parts, so that per-expert and packed checkpoints are addressed 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -75,6 +75,10 @@ class Part:
     def cell(self) -> tuple[Role, int | None, int | None]:
         """The address that recipes select by: (role, block, expert)."""
         return (self.role, self.block, self.expert)
+
+    def shape_in(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the part, its tensor being of a shape."""
+        return tuple(shape if self.row is None else shape[1:])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,7 +34,6 @@ VOCABULARY = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "</think>", *"012
 
 _COMMON = {
     "vocab_size": len(VOCABULARY),
-    "hidden_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -43,53 +43,38 @@ _COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.2,
 }
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_COMMON, intermediate_size=48),
-    "llama_tied": lambda: LlamaConfig(**_COMMON, intermediate_size=48, tie_word_embeddings=True),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_COMMON, intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=16
-    ),
-    "deepseek_v3": lambda: DeepseekV3Config(
-        **_COMMON,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=8,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-    ),
-}
 
-_WIDE = {**_COMMON, "hidden_size": 64}
-CONFIGS_OF_ENGINES: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_WIDE, intermediate_size=96),
-    "llama_tied": lambda: LlamaConfig(**_WIDE, intermediate_size=96, tie_word_embeddings=True),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_WIDE, intermediate_size=96, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=32
-    ),
-    "deepseek_v3": lambda: DeepseekV3Config(
-        **_WIDE,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        topk_method="noaux_tc",  # vLLM has biases of experts only where the config says so, as DeepSeek's does
-        first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=512,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=64,
-        v_head_dim=32,
-    ),
-}
+
+def _configs(width: int, **of_deepseek: Any) -> dict[str, Callable[[], PretrainedConfig]]:
+    """Every architecture under test, at a hidden size."""
+    common = {**_COMMON, "hidden_size": width, "intermediate_size": 3 * width // 2}
+    experts = {"moe_intermediate_size": width // 2, "num_experts_per_tok": 2}
+    return {
+        "llama": lambda: LlamaConfig(**common),
+        "llama_tied": lambda: LlamaConfig(**common, tie_word_embeddings=True),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**common, **experts, num_experts=4, head_dim=width // 2),
+        "deepseek_v3": lambda: DeepseekV3Config(
+            **common,
+            **experts,
+            n_routed_experts=8,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            v_head_dim=width // 2,
+            **of_deepseek,
+        ),
+    }
+
+
+CONFIGS = _configs(32, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8)
+CONFIGS_OF_ENGINES = _configs(
+    64,
+    kv_lora_rank=512,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=64,
+    topk_method="noaux_tc",  # vLLM has biases of experts only where the config says so, as DeepSeek's does
+)
 """The same architectures with sizes that vLLM's kernels have, too."""
 
 

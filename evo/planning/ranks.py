@@ -76,7 +76,7 @@ def _headers(source: Checkpoint, part: Part) -> Iterator[TensorHeader]:
     """Of the pieces of a part."""
     for holder, piece in source.holders(part.tensor):
         header = holder.headers[piece]
-        yield header if part.row is None else TensorHeader(header.dtype, header.shape[1:])
+        yield TensorHeader(header.dtype, part.shape_in(header.shape))
 
 
 def rank_table(sources: Sequence[Checkpoint], dtype: torch.dtype, n_ranks: int, bandwidth: float) -> Iterator[str]:
