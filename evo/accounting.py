@@ -97,8 +97,8 @@ def _account(recipe: Recipe, rule: Rule, i: int) -> Account:
 
 
 def to_json(accounts: Mapping[str, Account], hashes: Mapping[str, str]) -> str:
-    """The text of accounting.json: tensor of the files -> how, sources, methods, rules, sha256."""
-    found = {name: {**asdict(account), "sha256": hashes[name]} for name, account in accounts.items()}
+    """The text of accounting.json: tensor of the files -> how, sources, methods, rules, BLAKE3 of its bytes."""
+    found = {name: {**asdict(account), "blake3": hashes[name]} for name, account in accounts.items()}
     return json.dumps({"summary": summary(accounts), "tensors": found}, indent=1) + "\n"
 
 

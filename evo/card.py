@@ -76,7 +76,7 @@ Parts that no rule names are copied from **{recipe.base}**.
 
 {chr(10).join(f"- {line}" for line in told)}
 
-`accounting.json` lists every tensor with its origin and the SHA-256 of its bytes.
+`accounting.json` lists every tensor with its origin and the BLAKE3 hash of its bytes.
 """
 
 

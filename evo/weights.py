@@ -8,7 +8,6 @@ wait for at the end.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from evo.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -47,7 +47,7 @@ def write_weights(
         folder: an empty folder.
 
     Returns:
-        tensor -> SHA-256 of its bytes.
+        tensor -> BLAKE3 of its bytes.
 
     Raises:
         OSError: if they cannot be written.
@@ -70,7 +70,7 @@ class _Workers:
     def __init__(self, files: _Files) -> None:
         self._files = files
         self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._in_flight: deque[tuple[Future[None], Future[None]]] = deque()
+        self._in_flight: deque[tuple[Future[blake3], Future[None]]] = deque()
         self._blocks = deque(torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(N_BLOCKS))
 
     def __enter__(self) -> _Workers:
@@ -88,7 +88,7 @@ class _Workers:
         Returns:
             its hash, which is complete once the workers are done.
         """
-        digest, at = hashlib.sha256(), 0
+        digest, at = blake3(), 0
         for block in _blocks(stretches, self._free):
             hashed = self._hashing.submit(digest.update, block.numpy().data)
             done = hashed, self._writing.submit(self._files.write, name, block, at)

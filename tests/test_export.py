@@ -1,6 +1,5 @@
 """What is written: exact accounting, and errors that leave nothing behind."""
 
-import hashlib
 import json
 import os
 import resource
@@ -12,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from evo.accounting import ACCOUNTING_FILE
@@ -35,9 +35,9 @@ def write_recipe(folder, parents, *rules, base="base"):
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Tensor -> SHA-256 of its bytes, by safetensors and hashlib alone."""
+    """Tensor -> BLAKE3 of its bytes, by safetensors and blake3 alone."""
     return {
-        name: hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: blake3(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for file in folder.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
@@ -57,7 +57,7 @@ def test_every_tensor_is_accounted_for_and_nothing_else_changes(parents, tmp_pat
     assert accounting["tensors"].keys() == found.keys() == sources["base"].keys()
     counts = dict.fromkeys(["merged", "copied", "passed through"], 0)
     for name, account in accounting["tensors"].items():
-        assert account["sha256"] == found[name]
+        assert account["blake3"] == found[name]
         counts[account["how"]] += 1
         if "self_attn" in name and ".1." in name:
             assert account["how"] == "merged" and account["sources"] == ["base", "a"] and account["rules"] == [0]
@@ -115,7 +115,7 @@ def test_fp8_numbers_and_scales_are_accounted_for_one_by_one(tmp_path):
     merge(write_recipe(tmp_path, parents, *rules), tmp_path / "out")
     found, accounts = hashes(tmp_path / "out"), accounts_of(tmp_path / "out")
     sources = {name: hashes(path) for name, path in parents.items()}
-    assert {name: account["sha256"] for name, account in accounts.items()} == found
+    assert {name: account["blake3"] for name, account in accounts.items()} == found
     assert found.keys() == sources["base"].keys()
     n_scales = 0
     for name, account in accounts.items():
@@ -148,7 +148,7 @@ def test_what_text_does_not_use_is_the_interface_parents_or_follows_what_it_copi
     unscored = {name for name in sources["a"].keys() - sources["base"].keys() if "embed" not in name}
     for name in unscored - {MTP + "shared_head.head.weight"}:
         assert accounts[name]["how"] == "unscored" and accounts[name]["sources"] == ["a"]
-    assert {name: account["sha256"] for name, account in accounts.items()} == found
+    assert {name: account["blake3"] for name, account in accounts.items()} == found
     assert f"{len(unscored) - 1} unscored from a" in told.lines[0]
 
 
@@ -162,7 +162,7 @@ def test_rows_that_only_some_have(tmp_path):
     accounts = accounts_of(tmp_path / "out")
     embedding = accounts["model.embed_tokens.weight"]
     assert (embedding["how"], embedding["sources"], embedding["rules"]) == ("merged", ["base", "a"], [])
-    assert {name: account["sha256"] for name, account in accounts.items()} == hashes(tmp_path / "out")
+    assert {name: account["blake3"] for name, account in accounts.items()} == hashes(tmp_path / "out")
     assert accounts["model.norm.weight"]["how"] == "passed through"
 
 
@@ -289,4 +289,4 @@ def test_hashes_are_of_the_bytes_in_the_files(moe_parents, tmp_path):
     recipe = Recipe({n: Source(str(p)) for n, p in moe_parents.items()}, "a", "a")
     write_checkpoint(recipe, sources, tmp_path / "out", {})
     accounts = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())["tensors"]
-    assert {name: account["sha256"] for name, account in accounts.items()} == hashes(moe_parents["a"])
+    assert {name: account["blake3"] for name, account in accounts.items()} == hashes(moe_parents["a"])
