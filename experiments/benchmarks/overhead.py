@@ -1,0 +1,108 @@
+"""How much of a candidate's time is not generation.
+
+    python experiments/benchmarks/overhead.py RUN ...     # of finished searches, from their ledgers
+    python experiments/benchmarks/overhead.py --large     # of a 1.24 B-parameter model: 10 GB of memory, 10 of disk
+
+The floor of a dense model does not depend on its size: a linear merge of a base and two donors moves four times its
+bytes, a decoding step at least once its bytes. At the same bandwidth a write then costs as much as some four steps,
+and at most 2% of a candidate that decodes two hundred or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import machine, recipe_of
+from checkpoints import make
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from evo.checkpoint import Checkpoint
+from evo.ledger import Ledger
+from evo.materializer import Materializer
+from fitness.engines.transformers import find_slots
+from fitness.types import Split
+
+RESULTS = Path(__file__).parent / "results.json"
+LLAMA_1B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+"""config.json of the shape of Llama 3.2 1B: 1,235,814,400 parameters."""
+ROWS, STEPS, ROUNDS = 32, 8, 3
+PAUSE = 60.0
+"""Seconds between two candidates that only a run that was stopped in between can have."""
+
+
+def of_run(run: Path) -> dict[str, float]:
+    """Shares of the time between the ends of consecutive candidates."""
+    with closing(Ledger.open(run, read_only=True)) as ledger:
+        entries = [entry for entry in ledger.entries(Split.SEARCH) if entry.measured]
+    found = [(b.time - a.time, b.detail) for a, b in pairwise(entries) if b.time - a.time < PAUSE]
+    between = sum(seconds for seconds, _ in found)
+    write, generate = (sum(d[f"{key}_seconds"] for _, d in found) for key in ("write", "generate"))
+    return {
+        "candidates": len(found),
+        "write_share": write / between,
+        "all_but_generation_share": 1 - generate / between,
+    }
+
+
+@torch.no_grad()
+def of_large() -> dict[str, Any]:
+    """A write into a resident model of random weights, and a step of it for a batch; the better of some rounds."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as work:
+        folders = {name: make(Path(work) / name, LLAMA_1B, seed) for seed, name in enumerate(("base", "a", "b"))}
+        checkpoints = {name: Checkpoint.open(folder) for name, folder in folders.items()}
+        config = AutoConfig.from_pretrained(folders["base"])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        materializer = Materializer(checkpoints, find_slots(model))
+        writes, steps = [], []
+        for seed in range(ROUNDS + 1):  # the first write compiles a loop and maps the files
+            recipe = recipe_of(folders, "linear", seed, checkpoints["base"]).to_dict()
+            writes.append(materializer.write(recipe).seconds)
+        cache, token = DynamicCache(config=config), torch.full((ROWS, 1), 7)
+        for _ in range(STEPS + 1):
+            start = time.perf_counter()
+            model(token, past_key_values=cache, use_cache=True)
+            steps.append(time.perf_counter() - start)
+    write, step = min(writes[1:]), min(steps[1:])
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "write_seconds": write,
+        "step_seconds": step,
+        "rows": ROWS,
+        "steps_a_write_costs": write / step,
+        "write_share_of_256_steps": write / (write + 256 * step),
+    }
+
+
+def main() -> None:
+    """Measure, print, and merge the figures into results.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="*")
+    parser.add_argument("--large", action="store_true")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept = results.get("overhead", {})
+    kept |= {run.name: of_run(run) for run in arguments.runs}
+    if arguments.large:
+        kept["llama_1b"] = {**of_large(), "machine": machine()}
+    results["overhead"] = kept
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(kept, indent=1))
+
+
+if __name__ == "__main__":
+    main()

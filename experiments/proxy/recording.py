@@ -1,0 +1,87 @@
+"""What candidates once answered to every problem, read from the ledgers of finished searches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evo.config import Config
+from evo.ledger import Ledger
+from evo.types import Origin
+from fitness.objectives import per_problem
+from fitness.types import Split
+
+OBJECTIVES = ("error", "tokens")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Recorded outcomes; N candidates, P problems, losses (error, tokens)."""
+
+    losses: Floats
+    """(N, P, 2), in the order of proposal."""
+    truncated: Floats
+    """Share of answers that were cut off, (N,)."""
+    seconds: Floats
+    """What each took to write and to generate, (N,)."""
+
+    def take(self, candidates: NDArray[np.int64], problems: NDArray[np.int64] | slice = slice(None)) -> Pool:
+        """Some candidates, on some problems."""
+        return Pool(self.losses[candidates][:, problems], self.truncated[candidates], self.seconds[candidates])
+
+
+def read(folder: Path) -> tuple[Config, Pool, Pool]:
+    """A run's config, its two parents, and what it proposed."""
+    with closing(Ledger.open(folder, read_only=True)) as ledger:
+        config = Config.model_validate(ledger.meta("config"))
+        origin = {ask.id: ask.origin for ask in ledger.asks()}
+        entries = [entry for entry in ledger.entries(Split.SEARCH) if entry.measured]
+        whole = Pool(
+            np.array([per_problem(ledger.score(entry), OBJECTIVES) for entry in entries]),
+            np.array([(entry.summary or {})["truncated"] for entry in entries]),
+            np.array([entry.detail["generate_seconds"] for entry in entries]),
+        )
+    where = {kind: np.array([i for i, e in enumerate(entries) if origin[e.candidate_id] is kind]) for kind in Origin}
+    return config, whole.take(where[Origin.PARENT]), whole.take(where[Origin.SEARCH])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the replays draw from."""
+
+    parents: Pool
+    line: Pool
+    searched: tuple[Pool, ...]
+    random: tuple[Pool, ...]
+
+    @classmethod
+    def of(cls, folders: Iterable[Path]) -> Recorded:
+        """Sorted by their configs' optimizers."""
+        kinds: dict[str, list[Pool]] = {"line_sweep": [], "random": [], "searched": []}
+        for folder in folders:
+            config, parents, pool = read(folder)
+            kinds.get(config.optimizer.kind, kinds["searched"]).append(pool)
+        if not all(kinds.values()):
+            raise SystemExit("expected a searched run, a random one and a line sweep; see --record")
+        return cls(parents, kinds["line_sweep"][0], tuple(kinds["searched"]), tuple(kinds["random"]))
+
+    def references(self, line_points: int) -> Floats:
+        """Losses of the parents and of interior points of the line, evenly spaced, (R, P, 2)."""
+        at = np.linspace(0, len(self.line.losses) - 1, line_points + 2).round().astype(int)[1:-1]
+        return np.concatenate([self.parents.losses, self.line.losses[at]])
+
+    def pool(self, seed: int) -> Pool:
+        """A searched run and a random one, interleaved by lot, each in its own order."""
+        parts = [self.searched[seed % len(self.searched)], self.random[seed % len(self.random)]]
+        place = np.random.default_rng(seed).permutation(np.repeat([0, 1], [len(p.losses) for p in parts]))
+        order = np.empty(len(place), int)
+        for i, first in enumerate((0, len(parts[0].losses))):
+            order[place == i] = first + np.arange((place == i).sum())
+        fields = zip(*[(p.losses, p.truncated, p.seconds) for p in parts], strict=True)
+        return Pool(*map(np.concatenate, fields)).take(order)  # type: ignore[arg-type]
