@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import SMOLLM2_135M, make
+from checkpoints import LLAMA_1B, SMOLLM2_135M, make
 
 from evo.checkpoint import Checkpoint
 from evo.export import write_checkpoint
@@ -53,18 +53,37 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--donors", type=Path, nargs=2)
     parser.add_argument("--work", type=Path, help="where to put checkpoints and exports; default: a temporary folder")
+    parser.add_argument("--large", action="store_true", help="only exports, of 1.24 B parameters: 10 GB of disk")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
+        if arguments.large:
+            write_down(large_exports(work, arguments.rounds))
+            return
         a, b = arguments.donors or [make(work / name, SMOLLM2_135M, seed) for seed, name in ((1, "a"), (2, "b"))]
         base = arguments.base or make(work / "base", SMOLLM2_135M, 0)
         results = measure({"base": base, "a": a, "b": b}, work, arguments.rounds, arguments.mergekit)
+        write_down(results)
+
+
+def write_down(results: dict[str, Any]) -> None:
+    """Print, and merge into results.json."""
     path = HERE / "results.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**kept, **results}, indent=1) + "\n")
     print(json.dumps(results, indent=1))
+
+
+def large_exports(work: Path, rounds: int) -> dict[str, Any]:
+    """Exports of 1.24 B parameters, where files outlast what is done once in an export."""
+    found = against_cp({n: make(work / n, LLAMA_1B, seed) for seed, n in enumerate(("base", "a", "b"))}, work, rounds)
+    return {
+        "export_over_cp_1b": found["cp"] / found["linear"],
+        "export_of_a_copy_over_cp_1b": found["cp"] / found["copy"],
+        "export_1b": {**found, "machine": machine()},
+    }
 
 
 def measure(folders: dict[str, Path], work: Path, rounds: int, mergekit: Path | None) -> dict[str, Any]:

@@ -20,6 +20,14 @@ SMOLLM2_135M = {
     "eos_token_id": 2,
 }  # fmt: skip
 """config.json of a model with 134,515,008 parameters."""
+LLAMA_1B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+"""config.json of the shape of Llama 3.2 1B: 1,235,814,400 parameters."""
 
 
 def llama_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:

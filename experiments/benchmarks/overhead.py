@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from benchmark import machine, recipe_of
-from checkpoints import make
+from checkpoints import LLAMA_1B, make
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from evo.checkpoint import Checkpoint
@@ -31,14 +31,6 @@ from fitness.engines.transformers import find_slots
 from fitness.types import Split
 
 RESULTS = Path(__file__).parent / "results.json"
-LLAMA_1B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
-    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-    "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-"""config.json of the shape of Llama 3.2 1B: 1,235,814,400 parameters."""
 ROWS, STEPS, ROUNDS = 32, 8, 3
 PAUSE = 60.0
 """Seconds between two candidates that only a run that was stopped in between can have."""
