@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from evo.checkpoint import Checkpoint, CheckpointError, Cut, read_header, read_json
-from evo.encodings import Entry
+from evo.encodings import Entry, TensorHeader
 from evo.encodings.low_rank import MAX_RANK, LowRank, fixed_point
 
 CONFIG_FILE = "adapter_config.json"
@@ -87,6 +87,15 @@ class Adapter(Checkpoint):
         factor = super().tensor(self._factors[name]["A" if (side == "right") != transposed else "B"])
         factor = fixed_point(factor.T if transposed else factor, 1 if side == "left" else 0)
         return (factor if cut is None else factor[cut]).contiguous()
+
+    def header(self, piece: str) -> TensorHeader:
+        """See Checkpoint. Factors are made in float64."""
+        name, _, side = piece.rpartition(".")
+        if name not in self._factors:
+            return super().header(piece)
+        n_rows, n_columns = self.entries[name].shape
+        rank = self.headers[self._factors[name]["A"]].shape[0]
+        return TensorHeader("F64", (n_rows, rank) if side == "left" else (rank, n_columns))
 
     def written_map(self) -> dict[str, str]:
         """An adapter says nothing of how a whole checkpoint is laid out.

@@ -138,6 +138,10 @@ class Checkpoint:
         pieces = (holder.tensor(piece) for holder, piece in self.holders(name))
         return Stored(self.entries[name].encoding, tuple(pieces))
 
+    def header(self, piece: str) -> TensorHeader:
+        """Dtype and shape of what `tensor` gives."""
+        return self.headers[piece]
+
     def written_map(self) -> dict[str, str]:
         """Name -> file of the tensors of a merge that is laid out in files as this checkpoint is."""
         pieces = {e.name + suffix: e.pieces[0] for e in self.entries.values() for suffix in e.encoding.output.suffixes}

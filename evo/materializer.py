@@ -24,13 +24,14 @@ from evo.copies import tied_heads, unscored_copies
 from evo.deltas import EXACT, Deltas, parse
 from evo.encodings import Stored, Watcher, stack
 from evo.encodings.rounding import Rounding
+from evo.holdings import holdings, matrix_of
 from evo.job import Job
 from evo.merge import Stats
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import Operand, Region, matrix_shape
 from evo.merge.kernels import Fused
 from evo.merge.noise import Key, stream_key
-from evo.residency import Piece, Pieces, Residency, bytes_of, choose
+from evo.residency import Piece, Pieces, Residency, choose
 from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
@@ -156,13 +157,11 @@ class Materializer:
         return self._deltas is not None and bool(recipe.get("compressed")) and recipe["base"] == self._base
 
     def _n_bytes(self) -> int:
-        """Of all that is kept of the sources, roughly: that share of their files which is held here."""
-        numbers = {t.slot.data_ptr(): t.slot.numel() for targets in self._targets.values() for t in targets}
-        whole = sum(math.prod(entry.shape) for entry in next(iter(self._checkpoints.values())).scored.values())
-        kept = {name: c for name, c in self._checkpoints.items() if self._keeps(name)}
-        deltas = self._deltas.n_bytes([self._matrix(part) for part in self._targets]) if self._deltas else 0
-        n_donors = len(self._checkpoints) - len(kept)
-        return int(bytes_of(kept) * min(1.0, sum(numbers.values()) / max(1, whole))) + n_donors * deltas
+        """Of all that is kept of the sources; of shards roughly, as their share of what they are cut out of."""
+        found = holdings(self._checkpoints, self._targets, self._deltas, self._base, self._common)
+        numbers = sum(target.slot.numel() for targets in self._targets.values() for target in targets)
+        whole = sum(math.prod(self._matrix(part)) for part in self._targets)
+        return int(sum(holding.kept for holding in found.values()) * min(1.0, numbers / max(1, whole)))
 
     def _keeps(self, source: str) -> bool:
         """Whether a source's own tensors stay for the next candidate: not a donor's, where its differences do."""
@@ -170,7 +169,7 @@ class Materializer:
 
     def _matrix(self, part: Part) -> tuple[int, int]:
         """Shape of a part's matrix."""
-        return matrix_shape(part.shape_in(next(iter(self._checkpoints.values())).entries[part.tensor].shape))
+        return matrix_of(next(iter(self._checkpoints.values())), part)
 
     @torch.no_grad()
     def feed(self, recipe: Mapping[str, Any], load: Callable[[Iterator[tuple[str, Tensor]]], object]) -> UpdateReport:

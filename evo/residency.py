@@ -9,7 +9,7 @@ Bits are the same everywhere. Knows nothing of recipes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -37,14 +37,22 @@ class Residency(StrEnum):
     DISK = "disk"
 
 
-def choose(residency: Residency, device: torch.device, n_bytes: int, *, shards: bool = False) -> Residency:
+def choose(
+    residency: Residency,
+    device: torch.device,
+    n_bytes: int,
+    *,
+    shards: bool = False,
+    free: Callable[[torch.device], int] = free_bytes,
+) -> Residency:
     """What `auto` means here, or a check that the choice can be had.
 
     Args:
         residency: what was asked for.
         device: where the resident model is.
-        n_bytes: of all sources.
+        n_bytes: of what would be kept of all sources.
         shards: whether pieces of tensors are held, which are cut out of the files and so copies.
+        free: bytes that are free on a device.
 
     Raises:
         ValueError: if pinned memory was asked for and there is no GPU to copy it to.
@@ -58,16 +66,10 @@ def choose(residency: Residency, device: torch.device, n_bytes: int, *, shards: 
         return residency
     if device.type != "cuda":  # mapped pages are memory already, as long as there is room
         return Residency.DEVICE if shards else Residency.DISK
-    if n_bytes <= SHARE * free_bytes(device):
+    if n_bytes <= SHARE * free(device):
         return Residency.DEVICE
-    fits = n_bytes <= SHARE * free_bytes(torch.device("cpu"))
+    fits = n_bytes <= SHARE * free(torch.device("cpu"))
     return Residency.PINNED if fits else Residency.DISK
-
-
-def bytes_of(checkpoints: Mapping[str, Checkpoint]) -> int:
-    """Of the weights of all of them."""
-    files = {c.path / file for c in checkpoints.values() for file in c.weight_map.values()}
-    return sum(file.stat().st_size for file in files)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from evo.encodings import TensorHeader
 from evo.materializer import Materializer
 from evo.parallel import LAYOUTS
 from evo.planning.calibrate import CalibrationError, calibrated, extrapolated, measure
-from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes, source_bytes
+from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes
 from evo.planning.machine import plan_search
 from evo.planning.plan import Load, PlanError, Settings, check, make_plan
 from evo.planning.ranks import Share, rank_table, shares
+from evo.planning.sources import Sources
 from evo.planning.times import search_seconds
+from evo.residency import Residency
 from evo.types import Evaluation, Status
 from fitness.engines.columns import Columns
 from search_spaces.recipe import Recipe, Rule, Source
@@ -29,6 +31,7 @@ from tests.conftest import CHIMERA, make_checkpoint
 from tests.encoding import to_fp8
 from tests.ranks import slots_of
 from tests.synthetic import config_of
+from tests.test_adapter import make_adapter
 
 HIDDEN, WIDTH, N_EXPERTS, N_LAYERS, N_DENSE, VOCABULARY = 7168, 2048, 256, 61, 3, 129280
 DEEPSEEK = {
@@ -77,6 +80,12 @@ def deepseek(tmp_path_factory):
     return Checkpoint(folder, dict.fromkeys(headers, "model.safetensors"), headers)
 
 
+def stored_bytes(checkpoint):
+    """Of its files, without their headers: nothing in these checkpoints is unscored."""
+    sizes = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+    return sum(math.prod(h.shape) * sizes[h.dtype] for h in checkpoint.headers.values())
+
+
 N_MATRICES = 671_026_419_200
 """Parameters of DeepSeek-V3 without multi-token prediction, as its model card counts them (671B)."""
 
@@ -86,7 +95,7 @@ def test_the_671b_pair_on_16_ranks_by_hand(deepseek):
     expert = 3 * HIDDEN * WIDTH
     stored_expert = expert + 4 * expert // 128**2
     routed, stored = (one * (N_LAYERS - N_DENSE) * N_EXPERTS for one in (expert, stored_expert))
-    whole = Share(model_bytes(deepseek, "bfloat16"), 2 * source_bytes(deepseek))
+    whole = Share(model_bytes(deepseek, "bfloat16"), 2 * stored_bytes(deepseek))
     found = {layout: shares(layout, [deepseek, deepseek], torch.bfloat16, 16) for layout in LAYOUTS}
     assert set(found["expert"]) == {
         Share(whole.model - 2 * routed + 2 * routed // 16, whole.sources - 2 * stored + 2 * stored // 16)
@@ -163,7 +172,8 @@ def chimera():
 @pytest.fixture
 def plan_of(chimera):
     load = Load(prompt=10, answers=200, evaluations=1000)
-    return partial(make_plan, chimera, open_checkpoints(chimera.sources), load, python_bytes=10**8)
+    sources = Sources(chimera, open_checkpoints(chimera.sources))
+    return partial(make_plan, chimera, sources, load, python_bytes=10**8, free={"gpu": 10**12})
 
 
 def test_what_cannot_fit_is_refused_with_the_setting_that_helps(plan_of):
@@ -189,11 +199,62 @@ def test_what_cannot_fit_is_refused_with_the_setting_that_helps(plan_of):
 def test_on_a_gpu_sources_stay_beside_the_model_and_on_a_cpu_they_are_mapped(plan_of, chimera):
     gpu, host = (plan_of(Settings(where, "bfloat16", 4)) for where in ("gpu", "host"))
     checkpoints = open_checkpoints(chimera.sources)
-    two = 2 * source_bytes(checkpoints["concise"])  # linear does not read the ancestor
+    two = 2 * stored_bytes(checkpoints["concise"])  # linear does not read the ancestor
     assert host.total("gpu") == gpu.total("mapped") == 0 and host.total("mapped") == two
     assert gpu.total("gpu") == model_bytes(checkpoints["base"], "bfloat16") + two + 4 * gpu.row + (512 + 8) * 2**20
     with pytest.raises(PlanError, match=r"\nengine.device: cpu would fit"):
         check(plan_of, Settings("gpu", "bfloat16", 1), {"gpu": two, "host": 10**9})
+
+
+@pytest.mark.parametrize("deltas", ["exact", "int8", "int4", "low_rank(2)"])
+@pytest.mark.parametrize("residency", [Residency.DEVICE, Residency.PINNED, Residency.DISK])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_sources_are_counted_as_a_materializer_keeps_them(
+    moe_parents, llama_adapter, residency, deltas, adapter, monkeypatch
+):
+    monkeypatch.setattr("evo.materializer.choose", lambda kind, *_, **__: kind)  # pinned without a GPU
+    parents = llama_adapter if adapter else {name: moe_parents[name] for name in ("base", "a", "b")}
+    config = config_of(parents, space={"kind": "block", "method": "task_arithmetic"}, interface="base")
+    checkpoints = open_checkpoints(parents)
+    slots = {n: torch.full(e.shape, torch.nan) for n, e in checkpoints["base"].scored.items()}
+    base = config.space_base
+    writer = Materializer(checkpoints, slots, residency=residency, deltas=deltas, base=base)
+    donors = {name: 0.3 for name in parents if name != base}
+    recipe = Recipe({n: Source(str(p)) for n, p in parents.items()}, base, "base", (Rule("linear", donors),))
+    writer.write({**recipe.to_dict(), "compressed": True})
+    kept = list(writer._pieces._kept.values())
+    compressed = sum(t.nbytes for held in (writer._deltas._kept.values() if writer._deltas else ()) for t in held)
+    items = Sources(config, checkpoints).items(residency, deltas, "host")
+    originals = [i for i in items if i.what.startswith(("the checkpoint", "factors")) and "exact scores" not in i.what]
+    if residency is Residency.PINNED:  # a power of two each
+        assert sum(i.n_bytes for i in originals) == sum(2 ** math.ceil(math.log2(t.nbytes)) for t in kept)
+    else:
+        assert sum(i.n_bytes for i in originals) == sum(t.nbytes for t in kept)
+    assert sum(i.n_bytes for i in items if i.what.startswith("differences")) == compressed
+    assert writer._n_bytes() == sum(t.nbytes for t in kept) + compressed
+    where = {i.where for i in originals if i.what.startswith("the checkpoint")}
+    assert where == {"mapped" if residency is Residency.DISK else "host"}
+
+
+def test_memory_settings_that_help_are_named(plan_of):
+    gpu = Settings("gpu", "bfloat16", rows=1, residency="device")
+    plan, rest = plan_of(gpu), {"host": 10**10}
+    pinned = plan_of(replace(gpu, residency="pinned"))
+    assert pinned.total("gpu") < plan.total("gpu") and pinned.total("host") > plan.total("host")
+    with pytest.raises(PlanError, match=r"\nmemory.residency: pinned would fit"):
+        check(plan_of, gpu, {"gpu": plan.total("gpu") - 1, **rest})
+    with pytest.raises(PlanError, match=r"\nmemory.residency: disk would fit"):
+        check(plan_of, gpu, {"gpu": plan.total("gpu") - 1, "host": pinned.total("host") - 1})
+
+
+def test_what_auto_comes_to_is_told(plan_of):
+    found = {}
+    for n in (10**9, 12 * 10**6, 4 * 10**6):  # model and sources are 2 and 8 MB
+        found[n] = plan_of(Settings("gpu", "bfloat16", 1), free={"gpu": n, "host": 10**9}).residency
+    assert list(found.values()) == [Residency.DEVICE, Residency.PINNED, Residency.PINNED]
+    small = plan_of(Settings("gpu", "bfloat16", 1), free={"gpu": 10**6, "host": 10**6})
+    assert small.residency is Residency.DISK
+    assert plan_of(Settings("host", "bfloat16", 1), free={"host": 10**12}).residency is Residency.DISK
 
 
 def test_a_plan_of_this_machine(chimera, tmp_path):
@@ -203,6 +264,13 @@ def test_a_plan_of_this_machine(chimera, tmp_path):
     assert any("the resident model" in line for line in lines) and "--calibrate" in "".join(lines)
     with pytest.raises(PlanError):
         plan_search(chimera, out=tmp_path, free={"host": 10**6})
+
+
+@pytest.fixture(scope="module")
+def llama_adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    base = make_checkpoint(folder / "base", "llama", 0)
+    return {"base": base, "a": make_adapter(folder / "a", base, 1), "b": make_checkpoint(folder / "b", "llama", 2)}
 
 
 class Machine:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from evo import residency
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
 from evo.residency import Piece, Pieces, Residency, choose
@@ -56,10 +55,13 @@ def test_device_and_pinned_keep_a_copy_and_disk_keeps_none(moe_parents, monkeypa
         assert len(n_reads) == (2 if kind is Residency.DISK else 1) and torch.equal(first, second)
 
 
-def test_auto_takes_what_fits(monkeypatch):
+def test_auto_takes_what_fits():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(residency, "free_bytes", lambda device: 100 if device.type == "cuda" else 1000)
-    assert [choose(Residency.AUTO, gpu, n) for n in (50, 51, 500, 501)] == [
+
+    def free(device):
+        return 100 if device.type == "cuda" else 1000
+
+    assert [choose(Residency.AUTO, gpu, n, free=free) for n in (50, 51, 500, 501)] == [
         Residency.DEVICE, Residency.PINNED, Residency.PINNED, Residency.DISK
     ]  # fmt: skip
     assert choose(Residency.AUTO, cpu, 1) is Residency.DISK

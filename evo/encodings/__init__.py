@@ -7,6 +7,7 @@ Knows nothing of folders; each encoding knows the names of its pieces.
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ Watcher = Callable[[Tensor, Tensor], None]
 """Told of every band of a matrix: its float32 values, and what is left of them once they are stored."""
 
 
+_ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+}  # fmt: skip
+
+
 class EncodingError(ValueError):
     """Tensors are stored in a way that cannot be read."""
 
@@ -42,6 +48,11 @@ class TensorHeader:
     dtype: str
     """As safetensors writes it: "F32", "BF16", ..."""
     shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the tensor."""
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
 
 
 class Encoding(Protocol):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from evo.checkpoint import INTERFACE_FILES, Checkpoint
-from evo.encodings import TensorHeader
 from evo.encodings.mxfp4 import Mxfp4
 from evo.merge import get_method
 from evo.parallel import own_parts, part_shape
@@ -18,42 +18,31 @@ from fitness.engines.columns import SPARE_COLUMNS
 
 MIB = 1 << 20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-}  # fmt: skip
 MERGE_BYTES = 8 * MIB
 """Blocks of a merge that measures nothing (experiments/benchmarks)."""
 LOGIT_BYTES = 16
 """Of a token of the vocabulary while the next one is drawn: float32 logits and chances, float64 sums of them."""
 
 
-def header_bytes(header: TensorHeader) -> int:
-    """Of a tensor of a file."""
-    return math.prod(header.shape) * ITEM_BYTES.get(header.dtype, 1)
-
-
+@lru_cache
 def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     """Of the resident model: every scored tensor, in the engine's dtype; a tied head is the embedding."""
     return DTYPE_BYTES[dtype] * sum(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint))
 
 
-def source_bytes(checkpoint: Checkpoint) -> int:
-    """Of the tensors of its own files that merges read."""
-    own = {piece for entry in checkpoint.scored.values() for piece in entry.pieces} & checkpoint.headers.keys()
-    return sum(header_bytes(checkpoint.headers[piece]) for piece in own or checkpoint.headers)  # adapters: all
-
-
+@lru_cache
 def export_bytes(interface: Checkpoint) -> int:
     """Of an export: its tensors as they are stored (MXFP4 becomes bfloat16), tokenizer and configs."""
     files = [interface.path / name for name in INTERFACE_FILES]
     return sum(file.stat().st_size for file in files if file.is_file()) + sum(
         2 * math.prod(entry.shape)
         if isinstance(entry.encoding, Mxfp4)
-        else sum(header_bytes(interface.headers[piece]) for piece in entry.pieces)
+        else sum(interface.headers[piece].n_bytes for piece in entry.pieces)
         for entry in interface.entries.values()
     )
 
 
+@lru_cache
 def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
     """Beyond model and sources. Methods that measure whole parts hold up to two of the largest in float32."""
     if get_method(method).measure is None:

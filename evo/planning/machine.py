@@ -25,8 +25,9 @@ from evo.assemble import (
 from evo.checkpoint import Checkpoint
 from evo.config import Config, component_options
 from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, model_bytes
-from evo.planning.plan import Load, Plan, Settings, check, make_plan, used_sources
+from evo.planning.plan import Load, Plan, Settings, check, make_plan
 from evo.planning.ranks import rank_table
+from evo.planning.sources import Sources, used_sources
 from evo.planning.times import candidate_seconds, search_seconds, size, span
 from fitness.engines import ENGINES
 from fitness.engines.memory import anonymous_bytes, free_bytes, rows_that_fit
@@ -65,6 +66,8 @@ class Planned:
                 room = f" of {size(self.free[where])} free" if where in self.free else ", pages that may be dropped"
                 yield f"{where}: {size(self.plan.total(where))}{room}"
                 yield from (f"  {size(item.n_bytes):>12}  {item.what}" for item in items)
+        if self.settings.residency == "auto":
+            yield f"memory.residency: auto is {self.plan.residency} here"
         most, plan, load = self.config.engine.max_tokens, self.plan, self.load
         low, high = (tokens, tokens) if tokens else (most / 8, float(most))
         fast, slow = candidate_seconds(
@@ -100,10 +103,11 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
     interface = checkpoints[config.interface_parent]
     load, most = _load(config, checkpoints, task, options)
     where = "gpu" if device.type == "cuda" else "host"
-    settings = Settings(where, options.get("dtype", "bfloat16"), most)
+    memory = config.memory
+    settings = Settings(where, options.get("dtype", "bfloat16"), most, memory.residency, memory.deltas)
     room = free.get(where, free_bytes(device))
     settings = replace(settings, rows=min(most, _batch_size(config, interface, load, options, device, room)))
-    plan_of = partial(make_plan, config, checkpoints, load, python_bytes=anonymous_bytes())
+    plan_of = partial(make_plan, config, Sources(config, checkpoints), load, python_bytes=anonymous_bytes(), free=free)
     plan = check(plan_of, settings, free)
     return Planned(config, checkpoints, task, load, settings, plan, free, copy_bandwidth(device))
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, NamedTuple
 
-from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.planning.footprint import (
     DTYPE_BYTES,
@@ -18,10 +19,11 @@ from evo.planning.footprint import (
     export_bytes,
     merge_bytes,
     model_bytes,
-    source_bytes,
     step_row_bytes,
 )
+from evo.planning.sources import Item, Sources
 from evo.planning.times import size
+from evo.residency import Residency
 
 CUDA_BYTES = 512 * MIB
 """Context and kernels on a GPU. Not measured."""
@@ -49,18 +51,43 @@ class Settings:
     """Of the resident model."""
     rows: int
     """Answers decoded together."""
+    residency: str = "auto"
+    """Of what is merged."""
+    deltas: str = "exact"
+    """How donors are held."""
 
     def others(self) -> Iterator[tuple[str, Settings]]:
         """Settings that take less, the least change first, and what to write into a config for them."""
-        fewer = [n for n in (1 << k for k in range(20, -1, -1)) if n < self.rows]
-        yield from ((f"engine.batch_size: {n}", replace(self, rows=n)) for n in fewer)
+        changes = list(self._changes())
+        for n in (1, 2, 3):
+            for chosen in combinations(changes, n):
+                keys = [change.key for change in chosen]
+                other = replace(self, **{change.key: change.to for change in chosen})
+                if len(set(keys)) == n and (other.device, other.residency) != ("host", "pinned"):
+                    yield " with ".join(f"{change.place}: {change.value}" for change in reversed(chosen)), other
+
+    def _changes(self) -> Iterator[_Change]:
+        """Of one setting, those first that cost least."""
+        kinds = ("device", "pinned", "disk") if self.device == "gpu" else ("device", "disk")
+        after = kinds[kinds.index(self.residency) + 1 :] if self.residency in kinds else kinds[1:]
+        yield from (_Change("residency", "memory.residency", kind, kind) for kind in after)
+        fewer = (1 << k for k in range(20, -1, -1) if 1 << k < self.rows)
+        yield from (_Change("rows", "engine.batch_size", str(n), n) for n in fewer)
         if self.dtype == "float32":
-            half = replace(self, dtype="bfloat16")
-            yield "engine.dtype: bfloat16", half
-            for n in fewer:
-                yield f"engine.dtype: bfloat16 with engine.batch_size: {n}", replace(half, rows=n)
+            yield _Change("dtype", "engine.dtype", "bfloat16", "bfloat16")
+        if self.deltas == "exact":
+            yield from (_Change("deltas", "memory.deltas", kind, kind) for kind in ("int8", "int4"))
         if self.device == "gpu":
-            yield "engine.device: cpu", replace(self, device="host")
+            yield _Change("device", "engine.device", "cpu", "host")
+
+
+class _Change(NamedTuple):
+    """Of one setting: its name here, what to write into a config, and what that means here."""
+
+    key: str
+    place: str
+    value: str
+    to: Any
 
 
 @dataclass(frozen=True)
@@ -78,16 +105,6 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Item:
-    """Bytes that something takes somewhere."""
-
-    where: str
-    """gpu, host, mapped (pages of files, which the kernel may drop) or disk."""
-    what: str
-    n_bytes: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a search takes."""
 
@@ -98,6 +115,8 @@ class Plan:
     """Bytes of what is merged."""
     row: int
     """Bytes of one answer while it is decoded."""
+    residency: Residency
+    """Where what is merged lives: what `auto` comes to."""
 
     def total(self, where: str) -> int:
         """Bytes in one place."""
@@ -109,28 +128,39 @@ class Plan:
 
 
 def make_plan(
-    config: Config, checkpoints: Mapping[str, Checkpoint], load: Load, settings: Settings, python_bytes: int
+    config: Config,
+    sources: Sources,
+    load: Load,
+    settings: Settings,
+    *,
+    python_bytes: int,
+    free: Mapping[str, int] | None = None,
 ) -> Plan:
     """Predict bytes.
 
     Args:
         config: of the search.
-        checkpoints: its sources, open; only their headers are read.
+        sources: what it merges.
         load: what is generated.
         settings: with which.
         python_bytes: anonymous memory of Python with torch, transformers and the problems.
+        free: bytes by place, which an automatic residency depends on.
+
+    Raises:
+        ValueError: if a residency cannot be had on the device.
     """
-    device, interface = settings.device, checkpoints[config.interface_parent]
+    device, interface = settings.device, sources.interface
     model = model_bytes(interface, settings.dtype)
+    room = {where: n - model * (where == device) for where, n in (free or {}).items()}
+    residency = sources.choose(settings.residency, settings.deltas, device, room)
     sizes = interface.config(), load.prompt, config.engine.max_tokens, DTYPE_BYTES[settings.dtype]
     cached, step = cache_row_bytes(*sizes), step_row_bytes(*sizes)
-    sources = source_items(config, checkpoints, device)
     items = [
         Item(device, "the resident model", model),
         Item(device, f"cached keys and values of {settings.rows} answers", cached * settings.rows),
         Item(device, "a pass through a layer, and logits", step * settings.rows),
         Item(device, "a merge", merge_bytes(config.space.method, interface)),
-        *sources,
+        *sources.items(residency, settings.deltas, device),
         Item("host", "Python and its libraries", python_bytes + LATER_BYTES),
         Item("disk", "the run folder", run_bytes(config, load)),
         Item("disk", "an export", export_bytes(interface)),
@@ -139,21 +169,7 @@ def make_plan(
         items.append(Item("host", "MLflow, a process of its own", MLFLOW_BYTES))
     if device == "gpu":
         items += [Item("host", "the model while it is loaded", model), Item("gpu", "CUDA", CUDA_BYTES)]
-    return Plan(tuple(items), model, sum(item.n_bytes for item in sources), cached + step)
-
-
-def source_items(config: Config, checkpoints: Mapping[str, Checkpoint], device: str) -> list[Item]:
-    """Where what is merged is kept: beside the model on a GPU, mapped on a CPU."""
-    where = "gpu" if device == "gpu" else "mapped"
-    return [
-        Item(where, f"the checkpoint {name}", source_bytes(c)) for name, c in used_sources(config, checkpoints).items()
-    ]
-
-
-def used_sources(config: Config, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """Those that a search reads: not an ancestor that its method does not start from."""
-    used = {*config.parents, config.space_base, *config.space_donors}
-    return {name: checkpoint for name, checkpoint in checkpoints.items() if name in used}
+    return Plan(tuple(items), model, sources.n_bytes, cached + step, residency)
 
 
 def run_bytes(config: Config, load: Load) -> int:

@@ -10,9 +10,9 @@ import torch
 
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.encodings import TensorHeader
+from evo.holdings import part_headers
 from evo.merge.blocks import Region, cut_shape
 from evo.parallel import LAYOUTS, own_parts, part_shape, place
-from evo.planning.footprint import header_bytes
 from evo.planning.times import size, span
 from evo.shards import Shard, targets_of
 from search_spaces.layout import Part
@@ -47,7 +47,7 @@ def shares(layout: str, sources: Sequence[Checkpoint], dtype: torch.dtype, n_ran
     first, totals = sources[0], [Share(0, 0)] * n_ranks
     alike: dict[tuple[object, ...], list[Part]] = {}
     for part in own_parts(first):
-        headers = tuple(header for source in sources for header in _headers(source, part))
+        headers = tuple(header for source in sources for header in part_headers(source, part))
         where = place(layout, part, n_ranks, first.layout.n_blocks)
         alike.setdefault((where, part_shape(first, part), headers), []).append(part)
     for part, *more in alike.values():
@@ -66,17 +66,10 @@ def _share(part: Part, sources: Sequence[Checkpoint], region: Region, dtype: tor
     read = 0
     for source, entry in zip(sources, entries, strict=True):
         cuts = entry.encoding.cut(shape, region)
-        for header, cut in zip(_headers(source, part), cuts, strict=True):
+        for header, cut in zip(part_headers(source, part), cuts, strict=True):
             taken = [len(range(n)[s]) for n, s in zip(header.shape, cut, strict=False)]
-            read += header_bytes(TensorHeader(header.dtype, (*taken, *header.shape[len(taken) :])))
+            read += TensorHeader(header.dtype, (*taken, *header.shape[len(taken) :])).n_bytes
     return Share(target.slot.nbytes, read)
-
-
-def _headers(source: Checkpoint, part: Part) -> Iterator[TensorHeader]:
-    """Of the pieces of a part."""
-    for holder, piece in source.holders(part.tensor):
-        header = holder.headers[piece]
-        yield TensorHeader(header.dtype, part.shape_in(header.shape))
 
 
 def rank_table(sources: Sequence[Checkpoint], dtype: torch.dtype, n_ranks: int, bandwidth: float) -> Iterator[str]:

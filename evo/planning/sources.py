@@ -1,0 +1,122 @@
+"""Bytes of what a search merges, by place: where the materializer would keep it (evo.holdings, evo.residency)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from evo.checkpoint import Checkpoint
+from evo.config import Config
+from evo.deltas import Deltas, parse
+from evo.holdings import Holding, holdings, matrix_of, most_at_once
+from evo.parallel import own_parts
+from evo.residency import Residency, choose
+from evo.vocabulary import common_rows
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes that something takes somewhere."""
+
+    where: str
+    """gpu, host, mapped (pages of files, which the kernel may drop) or disk."""
+    what: str
+    n_bytes: int
+
+
+class Sources:
+    """What is merged, counted once for plans with several settings.
+
+    Args:
+        config: of the search.
+        checkpoints: its sources, open.
+    """
+
+    def __init__(self, config: Config, checkpoints: Mapping[str, Checkpoint]) -> None:
+        self.interface = checkpoints[config.interface_parent]
+        self._config, self._checkpoints = config, checkpoints
+        self._used = used_sources(config, checkpoints)
+        self._parts = own_parts(self.interface)
+        self._common = common_rows(checkpoints)
+        self._held: dict[tuple[str, int], dict[str, Holding]] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        """That a merge reads, if nothing is compressed."""
+        return sum(holding.kept for holding in self._holdings("exact", self._used).values())
+
+    def choose(self, residency: str, deltas: str, device: str, free: Mapping[str, int]) -> Residency:
+        """Where the materializer would keep them.
+
+        Args:
+            residency: of the config.
+            deltas: of the config.
+            device: "gpu" or "host".
+            free: bytes that are free beside the model, by place.
+
+        Raises:
+            ValueError: if it cannot be had.
+        """
+        kept = sum(holding.kept for holding in self._holdings(deltas, self._checkpoints).values())
+        where = torch.device("cuda" if device == "gpu" else "cpu")
+        return choose(
+            Residency(residency), where, kept, free=lambda d: free.get("gpu" if d.type == "cuda" else "host", 0)
+        )
+
+    def items(self, residency: Residency, deltas: str, device: str) -> list[Item]:
+        """By place.
+
+        Args:
+            residency: not AUTO.
+            deltas: of the config.
+            device: "gpu" or "host".
+        """
+        place: str = {Residency.DEVICE: device, Residency.PINNED: "host", Residency.DISK: "mapped"}[residency]
+        found = []
+        for name, held in self._holdings(deltas, self._used).items():
+            if held.deltas is None:
+                stays = held.pinned if residency is Residency.PINNED else held.stored
+                found.append(Item(place, f"the checkpoint {name}", stays))
+                if residency is Residency.DEVICE or (place, device) == ("mapped", "host"):
+                    found.append(Item(device, f"factors of the adapter {name}", held.made))
+            else:
+                where = device if residency is Residency.DEVICE else "host"
+                found.append(Item(where, f"differences of {name} as {deltas}", held.deltas))
+                found.append(Item("mapped", f"the checkpoint {name}, for exact scores", held.stored))
+        if device == "gpu" and (residency is not Residency.DEVICE or deltas != "exact"):
+            found.append(Item("gpu", "what is merged now, copied there", self._arriving[residency is Residency.PINNED]))
+        if compression := parse(deltas):
+            found.append(
+                Item(device, "compressing, and merging what is compressed", compression.scratch_bytes(self._largest))
+            )
+        return found
+
+    @cached_property
+    def _largest(self) -> tuple[int, int]:
+        """Shape of the largest matrix."""
+        return max((matrix_of(self.interface, part) for part in self._parts), key=math.prod)
+
+    @cached_property
+    def _arriving(self) -> tuple[int, int]:
+        """Bytes of one part of all sources, and of two in turn, at most."""
+        return most_at_once(self._used, self._parts, 1), most_at_once(self._used, self._parts, 2)
+
+    def _holdings(self, deltas: str, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Holding]:
+        key = deltas, len(checkpoints)
+        if key not in self._held:
+            compression = parse(deltas)
+            self._held[key] = holdings(
+                checkpoints, self._parts, Deltas(compression) if compression else None, self._config.space_base,
+                self._common,
+            )  # fmt: skip
+        return self._held[key]
+
+
+def used_sources(config: Config, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Those that a search reads: not an ancestor that its method does not start from."""
+    used = {*config.parents, config.space_base, *config.space_donors}
+    return {name: checkpoint for name, checkpoint in checkpoints.items() if name in used}
