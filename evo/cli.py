@@ -68,7 +68,7 @@ def plan(
     ] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="Mean tokens of an answer, if you know.")] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Load the model and measure for at most two minutes.")
+        bool, typer.Option("--calibrate", help="Load the model and measure, two minutes at most in all.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -88,7 +88,7 @@ def plan(
         planned = plan_search(loaded, out=out)
         for line in planned.report(tokens):
             typer.echo(line)
-        for line in calibrated(planned) if calibrate else ():
+        for line in calibrated(planned, tokens) if calibrate else ():
             typer.echo(line)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ class Worker:
         *,
         compressed: bool = False,
         trial: Trial | None = None,
+        max_tokens: int | None = None,
     ) -> Evaluation:
         """Materialize a candidate and score it. A candidate that cannot be scored is data: never raises for it.
 
@@ -88,13 +89,14 @@ class Worker:
             limit: the first so many of them; None for all, and with a trial.
             compressed: whether donors may be merged as they are compressed.
             trial: may stop it before all of them have been asked.
+            max_tokens: of an answer, to try how long it takes; None for what the run says.
         """
         start = time.perf_counter()
         try:
             report = self._engine.update({**candidate.recipe.to_dict(), "compressed": compressed})
             problems = self._problems_of(split)[:limit]
             generate_start = time.perf_counter()
-            answers = self._ask(problems, trial)
+            answers = self._ask(problems, trial, max_tokens)
         except Exception as error:  # whatever a merge can do to a model ends here, not the run
             if interrupts.pending():
                 raise KeyboardInterrupt from error
@@ -131,17 +133,18 @@ class Worker:
             mean = float(stop.losses[list(self._objectives).index("tokens")])
         return round(mean * n_problems) - (score.n_generated if score else 0)
 
-    def _ask(self, problems: Sequence[Problem], trial: Trial | None) -> _Answers:
+    def _ask(self, problems: Sequence[Problem], trial: Trial | None, max_tokens: int | None) -> _Answers:
         """Block after block; a model that answers everything has its answers in the split's own order."""
         reason, n_forced = trial.screen.unlikely(self._engine) if trial else (None, 0)
         nothing = np.zeros(0, np.int64)
         if trial and reason:
             return _Answers(None, [], nothing, Stop(f"collapsed: {reason}", trial.worst), n_forced)
+        evaluator = replace(self._evaluator, max_tokens=max_tokens) if max_tokens else self._evaluator
         parts: list[Score] = []
         completions: list[list[Completion]] = []
         asked, stop = nothing, None
         for block in trial.blocks() if trial else [np.arange(len(problems))]:
-            score, written = self._evaluator.evaluate([problems[i] for i in block])
+            score, written = evaluator.evaluate([problems[i] for i in block])
             parts.append(score)
             completions += written
             asked = np.concatenate([asked, block])

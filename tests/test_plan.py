@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,13 +17,14 @@ from evo.config import Budget
 from evo.encodings import TensorHeader
 from evo.materializer import Materializer
 from evo.parallel import LAYOUTS
-from evo.planning.calibrate import CalibrationError, calibrated, extrapolated, measure
+from evo.planning.calibrate import Asker, CalibrationError, calibrated
 from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes
 from evo.planning.machine import plan_search
 from evo.planning.plan import Load, PlanError, Settings, check, make_plan
 from evo.planning.ranks import Share, rank_table, shares
 from evo.planning.sources import Sources
 from evo.planning.times import search_seconds
+from evo.planning.trial import Try, estimate, explore
 from evo.residency import Residency
 from evo.types import Evaluation, Status
 from fitness.engines.columns import Columns
@@ -257,9 +259,51 @@ def test_what_auto_comes_to_is_told(plan_of):
     assert plan_of(Settings("host", "bfloat16", 1), free={"host": 10**12}).residency is Residency.DISK
 
 
+class TestVllm:
+    """On the built-in parents, whose model of 2 MB in bfloat16 has a share of the device's memory."""
+
+    def plan_of(self, chimera, **options):
+        engine = {"kind": "vllm", "dtype": "bfloat16", "max_tokens": 110, "options": options}
+        config = config_of(chimera.sources, engine=engine)
+        load, sources = (
+            Load(prompt=10, answers=200, evaluations=1000),
+            Sources(config, open_checkpoints(config.sources)),
+        )
+        return partial(make_plan, config, sources, load, python_bytes=10**8, free={"gpu": 10**12})
+
+    def test_takes_its_share_whatever_the_model(self, chimera):
+        plan_of = self.plan_of(chimera)
+        plan = plan_of(Settings("gpu", "bfloat16", 1, engine="vllm", total=10**9, share=0.5))
+        assert sum(item.n_bytes for item in plan.items if "vLLM" in item.what) == 10**9 // 2
+        assert plan.total("gpu") - 10**9 // 2 < 9 * 2**20  # a merge; its sources stay on disk
+        assert plan.total("mapped") == 2 * stored_bytes(open_checkpoints(chimera.sources)["concise"])
+        assert any("reload" in what for what in plan.unknown)
+
+    def test_a_cache_of_a_size_of_its_own_is_that_size(self, chimera, monkeypatch):
+        model = model_bytes(open_checkpoints(chimera.sources)["reasoner"], "bfloat16")
+        for options, space in (({"kv_cache_memory_bytes": 3 << 30}, ""), ({}, "3")):
+            monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+            plan = self.plan_of(chimera, **options)(Settings("host", "bfloat16", 1, engine="vllm", total=10**9))
+            assert [item.n_bytes for item in plan.items if "vLLM" in item.what] == [model, 3 << 30]
+            assert any("pass" in what for what in plan.unknown)
+
+    def test_ranks_share_the_weights(self, chimera):
+        plan = self.plan_of(chimera, tensor_parallel_size=2)(Settings("gpu", "bfloat16", 1, total=10**9, share=0.5))
+        assert plan.model == model_bytes(open_checkpoints(chimera.sources)["reasoner"], "bfloat16") // 2
+
+    def test_a_share_that_is_too_small_or_too_large_is_refused_with_one_that_fits(self, chimera):
+        plan_of, asked = self.plan_of(chimera), Settings("gpu", "bfloat16", 1, engine="vllm", total=10**8, share=0.01)
+        with pytest.raises(
+            PlanError, match=r"^vLLM: expected at least .*\nengine.options.gpu_memory_utilization: 0.05"
+        ):
+            check(plan_of, asked, {"gpu": 10**8})
+        with pytest.raises(PlanError, match=r"^gpu: expected at most .*\n.*gpu_memory_utilization: 0.9 "):
+            check(plan_of, replace(asked, total=10**9, share=0.95), {"gpu": 92 * 10**7})
+
+
 def test_a_plan_of_this_machine(chimera, tmp_path):
     planned = plan_search(chimera, out=tmp_path / "not" / "there")
-    assert planned.plan.fits(planned.free) and planned.settings == Settings("host", "float32", 32)
+    assert planned.plan.fits(planned.free) and replace(planned.settings, total=0) == Settings("host", "float32", 32)
     lines = list(planned.report(tokens=None))
     assert any("the resident model" in line for line in lines) and "--calibrate" in "".join(lines)
     with pytest.raises(PlanError):
@@ -274,26 +318,65 @@ def llama_adapter(tmp_path_factory):
 
 
 class Machine:
-    """A worker that takes 2 s a candidate and 0.5 s a problem, and counts what it has spent."""
+    """Decodes as an engine does: a step costs a second for the batch and 0.1 for each row, and rows that end make room.
+    A call costs 3 s more. Problem i has an answer of lengths[i] tokens.
+    """
 
-    spent = 0.0
+    def __init__(self, lengths, rows):
+        self.lengths, self.rows, self.spent = lengths, rows, 0.0
 
-    def evaluate(self, candidate, split, n):
-        self.spent += 2.0 + 0.5 * n
-        return Evaluation(0, Status.DONE, 2.0 + 0.5 * n, score=SimpleNamespace(n_generated=10 * n))
+    def __call__(self, n, cap):
+        waiting, running, seconds = [min(length, cap) for length in self.lengths[:n]], [], 3.0
+        written = sum(waiting)
+        while waiting or running:
+            running += [waiting.pop(0) for _ in range(min(len(waiting), self.rows - len(running)))]
+            seconds += 1.0 + 0.1 * len(running)
+            running = [left - 1 for left in running if left > 1]
+        self.spent += seconds
+        return Try(n, cap, seconds, written, sum(length >= cap for length in self.lengths[:n]) / n)
 
 
-@pytest.mark.parametrize("limit", [30.0, 300.0, 10_000.0])
-def test_a_trial_keeps_to_its_time_and_finds_the_line(limit):
-    machine = Machine()
-    assert measure(machine, None, 1000, limit) == pytest.approx((502.0, 10_000.0))
+@pytest.mark.parametrize("limit", [1500.0, 5000.0, 30_000.0])
+@pytest.mark.parametrize("rows", [8, 32, 256])
+def test_a_trial_keeps_to_its_time_and_is_near_the_truth(limit, rows):
+    lengths = np.random.default_rng(0).integers(50, 151, 256).tolist()
+    truth = Machine(lengths, rows)(256, 200)
+    machine = Machine(lengths, rows)
+    found = estimate(explore(machine, 256, rows, 200, limit), 256, 200, tokens=truth.tokens / 256)
     assert machine.spent <= limit
+    assert found.seconds == (pytest.approx(truth.seconds, rel=0.25),) * 2
+    assert found.tokens == (pytest.approx(truth.tokens, rel=0.1),) * 2
 
 
-def test_a_model_that_cannot_be_tried_is_an_error():
-    failed = SimpleNamespace(evaluate=lambda *_: Evaluation(0, Status.FAILED, 1.0, detail={"reason": "NaN"}))
+def test_a_trial_that_has_time_for_all_extrapolates_nothing():
+    lengths = [20, 30, 40, 10] * 8
+    truth = Machine(lengths, 4)(32, 64)
+    found = estimate(explore(Machine(lengths, 4), 32, 4, 64, 1e6), 32, 64)
+    assert found.seconds == (truth.seconds, truth.seconds) and found.tokens == (truth.tokens, truth.tokens)
+
+
+def test_what_a_batch_costs_once_is_not_charged_for_every_problem():
+    machine = Machine([10] * 1000, 10)  # 100 batches of 10 steps, 2 s each
+    tries = [machine(10, 4), machine(10, 8)]
+    assert estimate(tries, 1000, 16, tokens=10).seconds[0] == pytest.approx(3 + 100 * 10 * 2)
+
+
+def test_answers_that_do_not_end_in_time_are_a_range_unless_their_tokens_are_known():
+    machine = Machine([1000] * 64, 64)
+    tries = explore(machine, 64, 64, 4096, 1000.0)
+    cap = tries[-1].cap
+    assert cap < 1000 and machine.spent <= 1000.0
+    found = estimate(tries, 64, 4096)
+    step = 1 + 0.1 * 64
+    assert found.tokens == (64 * cap, 64 * 4096)
+    assert found.seconds == (pytest.approx(3 + step * cap), pytest.approx(3 + step * 4096))
+    assert estimate(tries, 64, 4096, tokens=1000).seconds == (pytest.approx(3 + step * 1000),) * 2
+
+
+def test_a_model_that_cannot_be_tried_is_an_error(chimera):
+    failed = SimpleNamespace(evaluate=lambda *_, **__: Evaluation(0, Status.FAILED, 1.0, detail={"reason": "NaN"}))
     with pytest.raises(CalibrationError, match="m cannot be scored: NaN"):
-        measure(failed, SimpleNamespace(name="m"), 10, 10.0)
+        Asker(failed, chimera, SimpleNamespace(name="m"))(10, 4)
 
 
 def test_calibration_tries_the_parents_and_a_merge(chimera, tmp_path):
@@ -301,13 +384,11 @@ def test_calibration_tries_the_parents_and_a_merge(chimera, tmp_path):
     planned = plan_search(chimera.model_copy(update={"task": task}), out=tmp_path)
     lines = list(calibrated(planned, seconds=1.0))
     assert [line.split(":")[0] for line in lines] == [
-        "reasoner", "concise", "a merge", "the search", "the held-out scores",
+        "a merge", "reasoner", "concise", "the search", "the held-out scores",
     ]  # fmt: skip
 
 
-def test_times_extrapolate_along_a_line_and_to_the_nearest_limit():
-    assert extrapolated([(4, 3.0, 40.0), (8, 4.0, 80.0)], 16) == (6.0, 160.0)
-    assert extrapolated([(4, 3.0, 40.0), (8, 2.0, 80.0)], 16) == (2.0, 160.0)  # noise does not make it negative
+def test_a_search_ends_at_the_nearest_limit():
     budgets = {"candidates": 100, "tokens": 5000, "hours": 0.01}
     for limits, seconds in ((["candidates"], 200), (["candidates", "tokens"], 100), (list(budgets), 36)):
         assert search_seconds(Budget(**{k: budgets[k] for k in limits}), 2.0, 100.0) == pytest.approx(seconds)

@@ -63,3 +63,11 @@ def test_arguments_that_vllm_does_not_know_or_that_are_decided_elsewhere_are_ref
         VllmEngine(str(parents["a"]), options={"max_model_length": 256})
     with pytest.raises(ValueError, match=r"options.max_num_seqs: .* set engine.batch_size"):
         VllmEngine(str(parents["a"]), options={"max_num_seqs": 4})
+
+
+def test_the_share_that_plans_take_vllm_to_take_is_its_own():
+    from vllm.config import CacheConfig
+
+    from fitness.engines.vllm import UTILIZATION
+
+    assert CacheConfig().gpu_memory_utilization == UTILIZATION

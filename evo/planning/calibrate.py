@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,22 +11,27 @@ from typing import Any
 from evo.assemble import build_space, build_worker, first_candidates, recipe_sources
 from evo.config import Config
 from evo.planning.machine import FRONT_SIZE, Planned, n_first
-from evo.planning.times import search_seconds, span
-from evo.types import Candidate, Status
+from evo.planning.times import search_seconds, spans
+from evo.planning.trial import Try, estimate, explore
+from evo.types import Candidate, Evaluation, Status
 from evo.worker import Worker
 from fitness.types import Split
 
-CALIBRATION_SECONDS = 115.0
-"""Two minutes, loading included, and something to spare."""
+CALIBRATION_SECONDS = 110.0
+"""Two minutes, loading included, and something to spare for the first merges, which take longer than later ones."""
 
 
 class CalibrationError(RuntimeError):
     """A model could not be tried."""
 
 
-def calibrated(planned: Planned, seconds: float = CALIBRATION_SECONDS) -> Iterator[str]:
-    """Lines for a terminal. Each candidate is scored on more and more of the search problems as long as there is time,
-    and extrapolated to all of them.
+def calibrated(planned: Planned, tokens: float | None = None, seconds: float = CALIBRATION_SECONDS) -> Iterator[str]:
+    """Lines for a terminal. Where answers do not end in time, times are a range, unless their tokens are known.
+
+    Args:
+        planned: the search.
+        tokens: mean tokens of an answer, if somebody knows.
+        seconds: that there are. A load or a merge that takes longer is not broken off.
 
     Raises:
         CalibrationError: if a model cannot be scored.
@@ -34,47 +40,60 @@ def calibrated(planned: Planned, seconds: float = CALIBRATION_SECONDS) -> Iterat
     worker = build_worker(config, task, planned.settings.rows)
     space = build_space(config, planned.checkpoints)
     first = first_candidates(config, space, recipe_sources(config, {}))
-    tried = [*first[: len(config.parents)], replace(first[0], name="a merge", recipe=_interior(config, space, first))]
-    found = []
+    merges = [replace(first[0], name="a merge", recipe=_interior(config, space, first, share)) for share in (0.4, 0.5)]
+    write = [_evaluate(worker, config, merge, 1, 1).detail["write_seconds"] for merge in merges][-1]
+    n, found = len(task.problems(Split.SEARCH)), []
+    samples = planned.load.answers // n
+    rows, most = math.ceil(planned.settings.rows / samples), config.engine.max_tokens
+    tried = [merges[-1], *first[: len(config.parents)]]
     for n_left, candidate in zip(range(len(tried), 0, -1), tried, strict=True):
-        share = (deadline - time.monotonic()) / n_left
-        found.append(measure(worker, candidate, len(task.problems(Split.SEARCH)), share))
-        yield f"{candidate.name}: {span(found[-1][0])} a candidate, {found[-1][1]:,.0f} tokens"
-    mean, tokens = (sum(values) / len(found) for values in zip(*found, strict=True))
-    yield f"the search: {span(search_seconds(config.budget, mean, tokens))}"
+        tries = explore(Asker(worker, config, candidate), n, rows, most, (deadline - time.monotonic()) / n_left)
+        found.append(estimate(tries, n, most, samples, tokens))
+        took = [write + one for one in found[-1].seconds]
+        last = f"tried {tries[-1].n} of {n} problems, answers up to {tries[-1].cap} tokens"
+        yield f"{candidate.name}: {spans(*took)} a candidate, {_range(*found[-1].tokens)} tokens ({last})"
+    means = [[sum(one) / len(found) for one in zip(*of, strict=True)] for of in _columns(found)]
+    low, high = (search_seconds(config.budget, write + s, t) for s, t in zip(*means, strict=True))
+    yield f"the search: {spans(low, high)}" + ("; --tokens N says how long answers are" if high > 1.01 * low else "")
     n_scored = FRONT_SIZE + n_first(config, space)
-    ratio = len(task.problems(Split.HELD_OUT)) / len(task.problems(Split.SEARCH))
-    yield f"the held-out scores: about {span(n_scored * ratio * mean)}, if {n_scored} models are scored"
+    scale = n_scored * len(task.problems(Split.HELD_OUT)) / n
+    held_out = spans(*(scale * (write + s) for s in means[0]))
+    yield f"the held-out scores: about {held_out}, if {n_scored} models are scored"
 
 
-def _interior(config: Config, space: Any, first: list[Candidate]) -> Any:
-    """A recipe of the space itself: halfway between base and first donor."""
-    genome = space.uniform({config.space_base: 0.5, config.space_donors[0]: 0.5})
+def _columns(found: list[Any]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    return [one.seconds for one in found], [one.tokens for one in found]
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:,.0f}" if high < 1.01 * low else f"{low:,.0f} to {high:,.0f}"
+
+
+def _interior(config: Config, space: Any, first: list[Candidate], share: float) -> Any:
+    """A recipe of the space itself: between base and first donor."""
+    genome = space.uniform({config.space_base: 1.0 - share, config.space_donors[0]: share})
     return first[0].recipe if genome is None else space.decode(genome)
 
 
-def measure(worker: Worker, candidate: Candidate, n: int, seconds: float) -> tuple[float, float]:
-    """Seconds and tokens that a candidate takes on `n` problems.
+class Asker:
+    """Tries a candidate: see trial.Ask. Its seconds are those of all but merging."""
 
-    The last two sizes that were tried make a line: a step costs something however few answers take part in it.
-    """
-    tries: list[tuple[int, float, float]] = []
-    count, spent = min(n, 4), 0.0
-    while True:
-        evaluation = worker.evaluate(candidate, Split.SEARCH, count)
-        if evaluation.status is Status.FAILED or evaluation.score is None:
-            raise CalibrationError(f"{candidate.name} cannot be scored: {evaluation.detail['reason']}")
-        tries.append((count, evaluation.seconds, float(evaluation.score.n_generated)))
-        spent += evaluation.seconds
-        following = min(n, 4 * count)
-        if count == n or spent + extrapolated(tries, following)[0] > seconds:
-            return extrapolated(tries, n)
-        count = following
+    def __init__(self, worker: Worker, config: Config, candidate: Candidate) -> None:
+        self._worker, self._config, self._candidate = worker, config, candidate
+
+    def __call__(self, n: int, cap: int) -> Try:
+        """See trial.Ask. Raises CalibrationError if the candidate cannot be scored."""
+        evaluation = _evaluate(self._worker, self._config, self._candidate, n, cap)
+        assert evaluation.score is not None
+        lengths = evaluation.score.n_tokens
+        seconds = evaluation.seconds - evaluation.detail["write_seconds"]
+        return Try(n, cap, seconds, int(lengths.sum()), float((lengths >= cap).mean()))
 
 
-def extrapolated(tries: list[tuple[int, float, float]], n: int) -> tuple[float, float]:
-    """Seconds and tokens on `n` problems, from tries (problems, seconds, tokens), ascending."""
-    count, seconds, tokens = tries[-1]
-    before = tries[-2] if len(tries) > 1 else (0, 0.0, 0.0)
-    slope = max(0.0, (seconds - before[1]) / (count - before[0]))
-    return seconds + slope * (n - count), tokens * n / count
+def _evaluate(worker: Worker, config: Config, candidate: Candidate, n: int, cap: int) -> Evaluation:
+    """Raises CalibrationError if it cannot be scored."""
+    compressed = config.memory.deltas != "exact"
+    evaluation = worker.evaluate(candidate, Split.SEARCH, n, compressed=compressed, max_tokens=cap)
+    if evaluation.status is Status.FAILED or evaluation.score is None:
+        raise CalibrationError(f"{candidate.name} cannot be scored: {evaluation.detail['reason']}")
+    return evaluation

@@ -30,8 +30,9 @@ from evo.planning.ranks import rank_table
 from evo.planning.sources import Sources, used_sources
 from evo.planning.times import candidate_seconds, search_seconds, size, span
 from fitness.engines import ENGINES
-from fitness.engines.memory import anonymous_bytes, free_bytes, rows_that_fit
+from fitness.engines.memory import anonymous_bytes, free_bytes, rows_that_fit, total_bytes
 from fitness.engines.transformers import longest_prompt
+from fitness.engines.vllm import cache_bytes, share_of_memory
 from fitness.types import Decoding, Split, Task
 
 FRONT_SIZE = 8
@@ -66,6 +67,7 @@ class Planned:
                 room = f" of {size(self.free[where])} free" if where in self.free else ", pages that may be dropped"
                 yield f"{where}: {size(self.plan.total(where))}{room}"
                 yield from (f"  {size(item.n_bytes):>12}  {item.what}" for item in items)
+        yield from (f"not counted: {what}" for what in self.plan.unknown)
         if self.settings.residency == "auto":
             yield f"memory.residency: auto is {self.plan.residency} here"
         most, plan, load = self.config.engine.max_tokens, self.plan, self.load
@@ -103,8 +105,19 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
     interface = checkpoints[config.interface_parent]
     load, most = _load(config, checkpoints, task, options)
     where = "gpu" if device.type == "cuda" else "host"
-    memory = config.memory
-    settings = Settings(where, options.get("dtype", "bfloat16"), most, memory.residency, memory.deltas)
+    memory, share = config.memory, None
+    if config.engine.kind == "vllm" and cache_bytes(options.get("options") or {}, device.type) is None:
+        share = share_of_memory(options.get("options") or {})
+    settings = Settings(
+        where,
+        options.get("dtype", "bfloat16"),
+        most,
+        memory.residency,
+        memory.deltas,
+        config.engine.kind,
+        total_bytes(device),
+        share,
+    )
     room = free.get(where, free_bytes(device))
     settings = replace(settings, rows=min(most, _batch_size(config, interface, load, options, device, room)))
     plan_of = partial(make_plan, config, Sources(config, checkpoints), load, python_bytes=anonymous_bytes(), free=free)

@@ -12,21 +12,16 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from evo.config import Config
+from evo.planning.engines import HELD
 from evo.planning.footprint import (
-    DTYPE_BYTES,
     MIB,
-    cache_row_bytes,
     export_bytes,
     merge_bytes,
-    model_bytes,
-    step_row_bytes,
 )
 from evo.planning.sources import Item, Sources
 from evo.planning.times import size
 from evo.residency import Residency
 
-CUDA_BYTES = 512 * MIB
-"""Context and kernels on a GPU. Not measured."""
 LATER_BYTES = 20 * MIB
 """Of libraries and model code that a search imports and a plan does not (0 to 45 MB were measured)."""
 MLFLOW_BYTES = 340 * MIB
@@ -55,6 +50,11 @@ class Settings:
     """Of what is merged."""
     deltas: str = "exact"
     """How donors are held."""
+    engine: str = "transformers"
+    total: int = 0
+    """Bytes that the device has, of which vLLM takes a share."""
+    share: float | None = None
+    """The share that vLLM is to take; None for other engines, or if its cache has a size of its own."""
 
     def others(self) -> Iterator[tuple[str, Settings]]:
         """Settings that take less, the least change first, and what to write into a config for them."""
@@ -71,13 +71,17 @@ class Settings:
         kinds = ("device", "pinned", "disk") if self.device == "gpu" else ("device", "disk")
         after = kinds[kinds.index(self.residency) + 1 :] if self.residency in kinds else kinds[1:]
         yield from (_Change("residency", "memory.residency", kind, kind) for kind in after)
-        fewer = (1 << k for k in range(20, -1, -1) if 1 << k < self.rows)
-        yield from (_Change("rows", "engine.batch_size", str(n), n) for n in fewer)
+        if self.share is not None:
+            others = sorted((n / 20 for n in range(1, 20)), key=lambda share: abs(share - (self.share or 0)))
+            yield from (_Change("share", "engine.options.gpu_memory_utilization", str(n), n) for n in others)
+        if self.engine == "transformers":
+            fewer = (1 << k for k in range(20, -1, -1) if 1 << k < self.rows)
+            yield from (_Change("rows", "engine.batch_size", str(n), n) for n in fewer)
         if self.dtype == "float32":
             yield _Change("dtype", "engine.dtype", "bfloat16", "bfloat16")
         if self.deltas == "exact":
             yield from (_Change("deltas", "memory.deltas", kind, kind) for kind in ("int8", "int4"))
-        if self.device == "gpu":
+        if self.device == "gpu" and self.engine == "transformers":
             yield _Change("device", "engine.device", "cpu", "host")
 
 
@@ -117,14 +121,18 @@ class Plan:
     """Bytes of one answer while it is decoded."""
     residency: Residency
     """Where what is merged lives: what `auto` comes to."""
+    unknown: tuple[str, ...] = ()
+    """What takes memory and is not counted."""
+    short: str = ""
+    """Why the engine could not start, however much is free; empty if it could."""
 
     def total(self, where: str) -> int:
         """Bytes in one place."""
         return sum(item.n_bytes for item in self.items if item.where == where)
 
     def fits(self, free: Mapping[str, int]) -> bool:
-        """Whether no place is asked for more than is free there."""
-        return all(self.total(where) <= n for where, n in free.items())
+        """Whether no place is asked for more than is free there, and the engine could start."""
+        return not self.short and all(self.total(where) <= n for where, n in free.items())
 
 
 def make_plan(
@@ -150,15 +158,11 @@ def make_plan(
         ValueError: if a residency cannot be had on the device.
     """
     device, interface = settings.device, sources.interface
-    model = model_bytes(interface, settings.dtype)
-    room = {where: n - model * (where == device) for where, n in (free or {}).items()}
+    held = HELD[config.engine.kind](config, interface, load.prompt, settings)
+    room = {where: n - held.model * (where == device) for where, n in (free or {}).items()}
     residency = sources.choose(settings.residency, settings.deltas, device, room)
-    sizes = interface.config(), load.prompt, config.engine.max_tokens, DTYPE_BYTES[settings.dtype]
-    cached, step = cache_row_bytes(*sizes), step_row_bytes(*sizes)
     items = [
-        Item(device, "the resident model", model),
-        Item(device, f"cached keys and values of {settings.rows} answers", cached * settings.rows),
-        Item(device, "a pass through a layer, and logits", step * settings.rows),
+        *held.items,
         Item(device, "a merge", merge_bytes(config.space.method, interface)),
         *sources.items(residency, settings.deltas, device),
         Item("host", "Python and its libraries", python_bytes + LATER_BYTES),
@@ -167,9 +171,7 @@ def make_plan(
     ]
     if config.tracking.enabled:
         items.append(Item("host", "MLflow, a process of its own", MLFLOW_BYTES))
-    if device == "gpu":
-        items += [Item("host", "the model while it is loaded", model), Item("gpu", "CUDA", CUDA_BYTES)]
-    return Plan(tuple(items), model, sources.n_bytes, cached + step, residency)
+    return Plan(tuple(items), held.model, sources.n_bytes, held.row, residency, held.unknown, held.short)
 
 
 def run_bytes(config: Config, load: Load) -> int:
@@ -194,7 +196,8 @@ def check(plan_of: Callable[[Settings], Plan], settings: Settings, free: Mapping
     plan = plan_of(settings)
     if plan.fits(free):
         return plan
-    lines = [_misfit(plan, where, n) for where, n in free.items() if plan.total(where) > n]
+    lines = [plan.short] if plan.short else []
+    lines += [_misfit(plan, where, n) for where, n in free.items() if plan.total(where) > n]
     memory = {where: n for where, n in free.items() if where != "disk"}
     if not plan.fits(memory):
         helps = (f"{text} would fit." for text, other in settings.others() if plan_of(other).fits(memory))

@@ -76,18 +76,20 @@ class Sources:
             device: "gpu" or "host".
         """
         place: str = {Residency.DEVICE: device, Residency.PINNED: "host", Residency.DISK: "mapped"}[residency]
+        if self._config.engine.kind == "vllm" and device == "gpu":  # its workers keep nothing but differences
+            place = "mapped"
         found = []
         for name, held in self._holdings(deltas, self._used).items():
             if held.deltas is None:
-                stays = held.pinned if residency is Residency.PINNED else held.stored
+                stays = held.pinned if place == "host" and residency is Residency.PINNED else held.stored
                 found.append(Item(place, f"the checkpoint {name}", stays))
-                if residency is Residency.DEVICE or (place, device) == ("mapped", "host"):
+                if residency is not Residency.PINNED and (place == device or (place, device) == ("mapped", "host")):
                     found.append(Item(device, f"factors of the adapter {name}", held.made))
             else:
                 where = device if residency is Residency.DEVICE else "host"
                 found.append(Item(where, f"differences of {name} as {deltas}", held.deltas))
                 found.append(Item("mapped", f"the checkpoint {name}, for exact scores", held.stored))
-        if device == "gpu" and (residency is not Residency.DEVICE or deltas != "exact"):
+        if device == "gpu" and (place != "gpu" or deltas != "exact"):
             found.append(Item("gpu", "what is merged now, copied there", self._arriving[residency is Residency.PINNED]))
         if compression := parse(deltas):
             found.append(

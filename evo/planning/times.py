@@ -39,6 +39,11 @@ def search_seconds(budget: Budget, candidate: float, tokens: float) -> float:
     return min(limit for limit in limits if limit)
 
 
+def spans(low: float, high: float) -> str:
+    """A range of times for people; one time if it is narrow."""
+    return span(high) if high < 1.01 * low else f"{span(low)} to {span(high)}"
+
+
 def size(n_bytes: float) -> str:
     """A number of bytes for people."""
     return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"

@@ -25,6 +25,17 @@ def free_bytes(device: torch.device) -> int:
         return 4 * 2**30
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemTotal"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return 4 * 2**30
+
+
 def anonymous_bytes() -> int:
     """Memory of this process that no file stands behind; 0 where that cannot be told."""
     try:

@@ -1,0 +1,77 @@
+"""What an engine holds on its device beside what is merged, and what of it nobody knows before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evo.checkpoint import Checkpoint
+from evo.config import Config
+from evo.planning.footprint import DTYPE_BYTES, MIB, cache_row_bytes, export_bytes, model_bytes, step_row_bytes
+from evo.planning.sources import Item
+from evo.planning.times import size
+from fitness.engines.vllm import cache_bytes, share_of_memory
+
+CUDA_BYTES = 512 * MIB
+"""Context and kernels on a GPU. Not measured."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """By an engine."""
+
+    items: tuple[Item, ...]
+    model: int
+    """Bytes of the resident model."""
+    row: int
+    """Bytes of one answer while it is decoded."""
+    unknown: tuple[str, ...] = ()
+    """What is in no item."""
+    short: str = ""
+    """Why it could not start, however much is free; empty if it could."""
+
+
+def transformers(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> Held:
+    """Weights, and what answers that are decoded together take."""
+    device, model = settings.device, model_bytes(interface, settings.dtype)
+    cached, step = _row_bytes(config, interface, prompt, settings.dtype)
+    items = [
+        Item(device, "the resident model", model),
+        Item(device, f"cached keys and values of {settings.rows} answers", cached * settings.rows),
+        Item(device, "a pass through a layer, and logits", step * settings.rows),
+    ]
+    if device == "gpu":
+        items += [Item("host", "the model while it is loaded", model), Item("gpu", "CUDA", CUDA_BYTES)]
+    return Held(tuple(items), model, cached + step)
+
+
+def vllm(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> Held:
+    """Of one rank: its weights, which stay quantised, and a cache: as large as it is told, or all that is left of its
+    share.
+    """
+    options: Mapping[str, Any] = config.engine.options.get("options") or {}
+    n_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    device, whole = settings.device, model_bytes(interface, settings.dtype)
+    weights = (export_bytes(interface) if interface.quantization else whole) // n_ranks
+    cached, step = _row_bytes(config, interface, prompt, settings.dtype)
+    told = cache_bytes(options, "cpu" if device == "host" else "cuda")
+    allowed = int((settings.share or share_of_memory(options)) * settings.total)
+    cache = told if told is not None else max(cached, allowed - weights)
+    what = "vLLM's cache of keys and values" if told is not None else "the rest of vLLM's share: cache and activations"
+    unknown = ["how many answers vLLM decodes together"] if "batch_size" not in config.engine.options else []
+    unknown += ["what vLLM needs for a pass"] * (told is not None) + ["what vLLM's reload of a merge takes for a while"]
+    items = Item(device, "vLLM's weights", weights), Item(device, what, cache)
+    short = ""
+    if told is None and (least := weights + cached // n_ranks) > allowed:
+        short = f"vLLM: expected at least {size(least)} for weights and one answer, but its share is {size(allowed)}."
+    return Held(items, weights, cached + step, tuple(unknown), short)
+
+
+def _row_bytes(config: Config, interface: Checkpoint, prompt: int, dtype: str) -> tuple[int, int]:
+    sizes = interface.config(), prompt, config.engine.max_tokens, DTYPE_BYTES[dtype]
+    return cache_row_bytes(*sizes), step_row_bytes(*sizes)
+
+
+HELD: Mapping[str, Callable[[Config, Checkpoint, int, Any], Held]] = {"transformers": transformers, "vllm": vllm}
+"""By engine."""
