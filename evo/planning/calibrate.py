@@ -52,17 +52,13 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
         took = [write + one for one in found[-1].seconds]
         last = f"tried {tries[-1].n} of {n} problems, answers up to {tries[-1].cap} tokens"
         yield f"{candidate.name}: {spans(*took)} a candidate, {_range(*found[-1].tokens)} tokens ({last})"
-    means = [[sum(one) / len(found) for one in zip(*of, strict=True)] for of in _columns(found)]
-    low, high = (search_seconds(config.budget, write + s, t) for s, t in zip(*means, strict=True))
+    lows, highs = ([(one.seconds[end] + write, one.tokens[end]) for one in found] for end in (0, 1))
+    ends = [tuple(sum(column) / len(found) for column in zip(*of, strict=True)) for of in (lows, highs)]
+    low, high = (search_seconds(config.budget, *end) for end in ends)
     yield f"the search: {spans(low, high)}" + ("; --tokens N says how long answers are" if high > 1.01 * low else "")
     n_scored = FRONT_SIZE + n_first(config, space)
     scale = n_scored * len(task.problems(Split.HELD_OUT)) / n
-    held_out = spans(*(scale * (write + s) for s in means[0]))
-    yield f"the held-out scores: about {held_out}, if {n_scored} models are scored"
-
-
-def _columns(found: list[Any]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    return [one.seconds for one in found], [one.tokens for one in found]
+    yield f"the held-out scores: about {spans(*(scale * s for s, _ in ends))}, if {n_scored} models are scored"
 
 
 def _range(low: float, high: float) -> str:
