@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 
 from evo.adapter import open_checkpoints
-from evo.checkpoint import Checkpoint, CheckpointError, Cut
+from evo.checkpoint import Checkpoint, CheckpointError
 from evo.copies import tied_heads, unscored_copies
 from evo.deltas import EXACT, Deltas, parse
 from evo.encodings import Stored, Watcher, stack
 from evo.encodings.rounding import Rounding
 from evo.holdings import holdings, matrix_of
 from evo.job import Job
-from evo.merge import Stats
+from evo.measured import Measured
 from evo.merge.apply import PartMerge
-from evo.merge.blocks import Operand, Region, matrix_shape
+from evo.merge.blocks import Operand, Region
 from evo.merge.kernels import Fused
 from evo.merge.noise import Key, stream_key
-from evo.residency import Piece, Pieces, Residency, choose
+from evo.reading import Reader, Wanted
+from evo.residency import Pieces, Residency, choose
 from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
@@ -107,8 +108,10 @@ class Materializer:
         if self._deltas:
             self._deltas.on_device = chosen is Residency.DEVICE
         self._pieces = Pieces(chosen)
+        kept = checkpoints if self._base is None else (self._base,)  # not donors whose differences are kept
+        self._reader = Reader(checkpoints, self._pieces, self._common, kept)
         self._written: dict[Part, _Key] = {}
-        self._stats: dict[_Key, Stats] = {}
+        self._measured = Measured()
         self._n_compiled = 0
 
     @classmethod
@@ -141,7 +144,7 @@ class Materializer:
         jobs = [(part, job) for part, job in assigned.items() if part in self._targets]
         changed = [(part, job) for part, job in jobs if self._written.get(part) != job.key]
         for i, (part, job) in enumerate(changed):
-            self._prefetch(changed[i + 1 : i + 2])
+            self._reader.prefetch(self._wanted(changed[i + 1 : i + 2]))
             self._written.pop(part, None)  # if the copy fails half-way, the part is written again
             for target in self._targets[part]:
                 self._write(part, job, target.slot, target.region)
@@ -162,10 +165,6 @@ class Materializer:
         numbers = sum(target.slot.numel() for targets in self._targets.values() for target in targets)
         whole = sum(math.prod(self._matrix(part)) for part in self._targets)
         return int(sum(holding.kept for holding in found.values()) * min(1.0, numbers / max(1, whole)))
-
-    def _keeps(self, source: str) -> bool:
-        """Whether a source's own tensors stay for the next candidate: not a donor's, where its differences do."""
-        return self._deltas is None or source == self._base
 
     def _matrix(self, part: Part) -> tuple[int, int]:
         """Shape of a part's matrix."""
@@ -270,7 +269,7 @@ class Materializer:
                 rows = [one.to(target) for one in made if isinstance(one, Stored)]
                 yield from _named(name, rows[0] if of[0].row is None else stack(rows))
             if not keep:
-                self._stats.clear()  # measured for this tensor alone
+                self._measured.forget()  # measured for this tensor alone
 
     def _assign(self, recipe: Recipe, compressed: bool = False) -> dict[Part, Job]:
         """Part -> job."""
@@ -293,13 +292,13 @@ class Materializer:
 
         @functools.cache
         def source(i: int) -> Stored:
-            return self._stored(job.sources[i], part, device, keep, region)
+            return self._reader.read(job.sources[i], part, device, keep, region)
 
         if (rows := self._common.get(part.tensor)) is None:
             return self._merged(part, job, source, device, watch, region)
         rows, interface = (
             rows.within(region[0]) if region else rows,
-            self._stored(job.interface, part, device, keep, region),
+            self._reader.read(job.interface, part, device, keep, region),
         )
         if rows.n_rows == 0:
             return interface
@@ -323,7 +322,9 @@ class Materializer:
             return source(0).as_output(CHUNK_ELEMENTS)
         method, (base, *donors) = job.method, self._operands(part, job, source)
         operands = dict(zip(job.sources, (base, *donors), strict=True))
-        stats = self._measure(part, job, device, self._whole(part, device) if region else operands.__getitem__)
+        stats = self._measured.of(
+            part, job, device, self._reader.whole(part, device) if region else operands.__getitem__
+        )
         if method.copy_once_measured:
             copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
             if copied is not None:
@@ -353,76 +354,21 @@ class Materializer:
         covered = self._deltas is not None and self._deltas.covers(self._matrix(part))
         return job.compressed and covered and part.tensor not in self._common
 
-    def _whole(self, part: Part, device: torch.device) -> Callable[[str], Operand]:
-        """Reads sources of a part as a whole, to be measured; nothing is kept beyond that."""
-
-        @functools.cache
-        def read(source: str) -> Operand:
-            stored, rows = self._stored(source, part, device, keep=False), self._common.get(part.tensor)
-            return (rows.cut(stored) if rows else stored).operand
-
-        return read
-
     def _place(self, part: Part, region: Region) -> tuple[tuple[int, int], int]:
         """Corner of a region, and width of its part."""
         return (region[0].start, region[1].start), self._matrix(part)[1]
 
-    def _measure(self, part: Part, job: Job, device: torch.device, operand: Callable[[str], Operand]) -> Any:
-        """What the job's method wants to know of the whole part; measured once, then remembered."""
-        assert job.method is not None
-        measure = job.method.measure
-        if measure is None:
-            return None
-        arguments = {name: job.arguments[name] for name in measure.knobs}
-
-        def stats(names: tuple[str, ...], knobs: Mapping[str, float]) -> Stats:
-            key = (measure.function, part, device, job.compressed, job.sources[0], names, measure.key(**knobs))
-            if key not in self._stats:
-                self._stats[key] = measure.function([operand(n) for n in names], operand(job.sources[0]), **knobs)
-            return self._stats[key]
-
-        if not measure.per_donor:
-            return stats(job.sources[1:], arguments)
-        return [
-            stats((name,), {knob: values[d] for knob, values in arguments.items()})
-            for d, name in enumerate(job.sources[1:])
-        ]
+    def _wanted(self, jobs: Sequence[tuple[Part, Job]]) -> Iterator[Wanted]:
+        """What is read for some jobs."""
+        for part, job in jobs:
+            interface = (job.interface,) if part.tensor in self._common else ()
+            for target in self._targets[part]:
+                for source in dict.fromkeys((*job.sources, *interface)):
+                    yield source, part, target.slot.device, target.region
 
     def _noise_keys(self, part: Part, job: Job) -> list[Key]:
         """A stream of random numbers for each donor."""
         return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
-
-    def _stored(
-        self, source: str, part: Part, device: torch.device, keep: bool, region: Region | None = None
-    ) -> Stored:
-        """A part of a source, or no more than a region of it."""
-        keep = keep and self._keeps(source)
-        pieces = (self._pieces.read(piece, device, keep=keep) for piece in self._wanted(source, part, region))
-        return Stored(self._checkpoints[source].entries[part.tensor].encoding, tuple(pieces))
-
-    def _wanted(self, source: str, part: Part, region: Region | None) -> list[Piece]:
-        """What a part of a source, or a region of it, is stored as."""
-        checkpoint = self._checkpoints[source]
-        entry, holders = checkpoint.entries[part.tensor], checkpoint.holders(part.tensor)
-        if region is None:
-            return [Piece(*held, row=part.row) for held in holders]
-        expert: Cut = () if part.row is None else (part.row,)
-        shape, (rows, columns) = entry.shape[len(expert) :], region
-        n_rows, _ = matrix_shape(shape)  # fewer where only others have a token
-        cuts = entry.encoding.cut(shape, (slice(min(rows.start, n_rows), min(rows.stop, n_rows)), columns))
-        return [Piece(*held, cut=expert + cut) for held, cut in zip(holders, cuts, strict=True)]
-
-    def _prefetch(self, following: Sequence[tuple[Part, Job]]) -> None:
-        """Begin to bring what will be merged next to where it is merged."""
-        wanted = [
-            (piece, target.slot.device)
-            for part, job in following
-            for target in self._targets[part]
-            for source in dict.fromkeys((*job.sources, *([job.interface] if part.tensor in self._common else ())))
-            if self._keeps(source)
-            for piece in self._wanted(source, part, target.region)
-        ]
-        self._pieces.prefetch(wanted)
 
 
 def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused]]]:
