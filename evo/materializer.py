@@ -8,7 +8,6 @@ whole parts is read and merged for these only, and their union is the same model
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,24 +21,19 @@ from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.copies import tied_heads, unscored_copies
 from evo.deltas import EXACT, Deltas, parse
-from evo.encodings import Stored, Watcher, stack
+from evo.encodings import Stored, stack
 from evo.encodings.rounding import Rounding
 from evo.holdings import holdings, matrix_of
 from evo.job import Job
-from evo.measured import Measured
-from evo.merge.apply import PartMerge
-from evo.merge.blocks import Operand, Region
+from evo.merge.blocks import Region
 from evo.merge.kernels import Fused
-from evo.merge.noise import Key, stream_key
+from evo.merging import CHUNK_ELEMENTS, Merger
 from evo.reading import Reader, Wanted
 from evo.residency import Pieces, Residency, choose
 from evo.shards import Slots, Target, targets_of
 from evo.vocabulary import common_rows
 from search_spaces.layout import Layout, Part
 from search_spaces.recipe import Recipe
-
-CHUNK_ELEMENTS = 1 << 18
-"""Parts are merged in blocks of this size: float32 temporaries take 1 MiB each, and stay in the cache."""
 
 _Key = tuple[Any, ...]
 
@@ -111,8 +105,7 @@ class Materializer:
         kept = checkpoints if self._base is None else (self._base,)  # not donors whose differences are kept
         self._reader = Reader(checkpoints, self._pieces, self._common, kept)
         self._written: dict[Part, _Key] = {}
-        self._measured = Measured()
-        self._n_compiled = 0
+        self._merger = Merger(first, self._reader, self._common, self._deltas)
 
     @classmethod
     def hosted(
@@ -138,7 +131,7 @@ class Materializer:
             recipe: of Recipe.to_dict(); a further key "compressed" says whether donors may be compressed.
         """
         start = time.perf_counter()
-        written_bytes, n_compiled = 0, self._n_compiled
+        written_bytes, n_compiled = 0, self._merger.n_compiled
         compressed = self._may_compress(recipe)
         assigned = self._assign(Recipe.from_dict(recipe), compressed)
         jobs = [(part, job) for part, job in assigned.items() if part in self._targets]
@@ -150,7 +143,7 @@ class Materializer:
                 self._write(part, job, target.slot, target.region)
                 written_bytes += target.slot.numel() * target.slot.element_size()
             self._written[part] = job.key
-        n_compiled = self._n_compiled - n_compiled
+        n_compiled = self._merger.n_compiled - n_compiled
         n_skipped, seconds = len(jobs) - len(changed), time.perf_counter() - start
         errors = self._deltas.errors if self._deltas and compressed else {}
         return UpdateReport(len(changed), n_skipped, n_compiled, written_bytes, seconds, errors)
@@ -177,7 +170,7 @@ class Materializer:
         Raises:
             CheckpointError: if a merge is stored in another way than the checkpoint that the engine was started with.
         """
-        start, n_compiled, bytes_of = time.perf_counter(), self._n_compiled, list[int]()
+        start, n_compiled, bytes_of = time.perf_counter(), self._merger.n_compiled, list[int]()
         wanted = Recipe.from_dict(recipe)
         entries = self._checkpoints[wanted.interface].scored.values()
         if changed := [entry.name for entry in entries if entry.encoding.output != entry.encoding]:
@@ -194,7 +187,7 @@ class Materializer:
                 yield name, tensor
 
         load(counted())
-        n_compiled, seconds = self._n_compiled - n_compiled, time.perf_counter() - start
+        n_compiled, seconds = self._merger.n_compiled - n_compiled, time.perf_counter() - start
         return UpdateReport(len(bytes_of), 0, n_compiled, sum(bytes_of), seconds)
 
     def _find_targets(self, slots: Slots) -> dict[Part, list[Target]]:
@@ -204,7 +197,7 @@ class Materializer:
         return {part: found for part in parts if (found := targets_of(part, entries[part], slots))}
 
     def _write(self, part: Part, job: Job, slot: Tensor, region: Region | None) -> None:
-        made = self._part(part, job, slot.device, True, region=region)
+        made = self._merger.part(part, job, slot.device, True, region=region)
         if isinstance(made, Fused):
             made.into(slot)
         else:
@@ -260,7 +253,7 @@ class Materializer:
         for name, entry in interface.entries.items():
             of, suffixes = parts.get(same_as.get(name, name), []), entry.encoding.output.suffixes
             watch = rounding.watcher(name) if rounding else None
-            made = (self._part(part, jobs[part], self._device, keep, watch) for part in of)
+            made = (self._merger.part(part, jobs[part], self._device, keep, watch) for part in of)
             if not of:
                 yield from _named(name, interface.stored(name).as_output(CHUNK_ELEMENTS))
             elif len(suffixes) == 1:
@@ -269,94 +262,13 @@ class Materializer:
                 rows = [one.to(target) for one in made if isinstance(one, Stored)]
                 yield from _named(name, rows[0] if of[0].row is None else stack(rows))
             if not keep:
-                self._measured.forget()  # measured for this tensor alone
+                self._merger.measured.forget()  # measured for this tensor alone
 
     def _assign(self, recipe: Recipe, compressed: bool = False) -> dict[Part, Job]:
         """Part -> job."""
         jobs = {id(rule): Job.of(recipe, rule, compressed) for rule in recipe.rules}
         copy = Job.copy(recipe.base, recipe.interface)
         return {part: copy if rule is None else jobs[id(rule)] for part, rule in recipe.assign(self.layout).items()}
-
-    def _part(
-        self,
-        part: Part,
-        job: Job,
-        device: torch.device,
-        keep: bool,
-        watch: Watcher | None = None,
-        region: Region | None = None,
-    ) -> Stored | Fused:
-        """One part, or a region of it, as it is stored, or the loop that makes it: the same function for a slot and
-        for an export.
-        """
-
-        @functools.cache
-        def source(i: int) -> Stored:
-            return self._reader.read(job.sources[i], part, device, keep, region)
-
-        if (rows := self._common.get(part.tensor)) is None:
-            return self._merged(part, job, source, device, watch, region)
-        rows, interface = (
-            rows.within(region[0]) if region else rows,
-            self._reader.read(job.interface, part, device, keep, region),
-        )
-        if rows.n_rows == 0:
-            return interface
-        merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)
-        if isinstance(merged, Fused):
-            shape = (rows.n_rows, *interface.shape[1:])
-            merged = Stored(interface.encoding, (merged.result().view(shape),))
-        return rows.complete(merged, interface)
-
-    def _merged(
-        self,
-        part: Part,
-        job: Job,
-        source: Callable[[int], Stored],
-        device: torch.device,
-        watch: Watcher | None,
-        region: Region | None,
-    ) -> Stored | Fused:
-        """What a job makes of its sources, source(0) being the base, or of that region of them."""
-        if job.method is None:
-            return source(0).as_output(CHUNK_ELEMENTS)
-        method, (base, *donors) = job.method, self._operands(part, job, source)
-        operands = dict(zip(job.sources, (base, *donors), strict=True))
-        stats = self._measured.of(
-            part, job, device, self._reader.whole(part, device) if region else operands.__getitem__
-        )
-        if method.copy_once_measured:
-            copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
-            if copied is not None:
-                return source(copied).as_output(CHUNK_ELEMENTS)
-        arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
-        keys = self._noise_keys(part, job) if method.random else ()
-        corner, width = self._place(part, region) if region else ((0, 0), None)
-        merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
-        if compiled := merge.compiled():
-            self._n_compiled += 1
-            return compiled
-        output, shape = source(0).encoding.output, source(0).shape
-        return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
-
-    def _operands(self, part: Part, job: Job, source: Callable[[int], Stored]) -> list[Operand]:
-        """The base, then the donors: themselves, or what is left of them."""
-        base = source(0).operand
-        if self._deltas is None or not self._is_compressed(part, job):
-            return [base, *(source(i).operand for i in range(1, len(job.sources)))]
-        donors = (
-            self._deltas.donor(name, part, base, lambda i=i: source(i).operand)  # type: ignore[misc]
-            for i, name in enumerate(job.sources[1:], 1)
-        )
-        return [base, *donors]
-
-    def _is_compressed(self, part: Part, job: Job) -> bool:
-        covered = self._deltas is not None and self._deltas.covers(self._matrix(part))
-        return job.compressed and covered and part.tensor not in self._common
-
-    def _place(self, part: Part, region: Region) -> tuple[tuple[int, int], int]:
-        """Corner of a region, and width of its part."""
-        return (region[0].start, region[1].start), self._matrix(part)[1]
 
     def _wanted(self, jobs: Sequence[tuple[Part, Job]]) -> Iterator[Wanted]:
         """What is read for some jobs."""
@@ -365,10 +277,6 @@ class Materializer:
             for target in self._targets[part]:
                 for source in dict.fromkeys((*job.sources, *interface)):
                     yield source, part, target.slot.device, target.region
-
-    def _noise_keys(self, part: Part, job: Job) -> list[Key]:
-        """A stream of random numbers for each donor."""
-        return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
 
 
 def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused]]]:

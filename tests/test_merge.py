@@ -138,7 +138,7 @@ def test_statistics_are_measured_once(moe_parents, name, monkeypatch):
     for coefficient in (0.25, 0.5, 0.75):
         rules = (Rule(name, {"a": coefficient, "b": coefficient}, knobs=SETTINGS.get(name, {})),)
         materializer.write(Recipe(recipe.sources, "base", "a", rules).to_dict())
-        n_measured = len(materializer._measured)
+        n_measured = len(materializer._merger.measured)
         assert n_measured == len(materializer.layout.parts) * (2 if method.measure.per_donor else 1)
 
 

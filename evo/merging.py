@@ -1,0 +1,136 @@
+"""What becomes of one part: read, measured, merged and rounded once, for a resident model and for an export alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+
+from evo.checkpoint import Checkpoint
+from evo.deltas import Deltas
+from evo.encodings import Stored, Watcher
+from evo.holdings import matrix_of
+from evo.job import Job
+from evo.measured import Measured
+from evo.merge.apply import PartMerge
+from evo.merge.blocks import Operand, Region
+from evo.merge.kernels import Fused
+from evo.merge.noise import Key, stream_key
+from evo.reading import Reader
+from evo.vocabulary import CommonRows
+from search_spaces.layout import Part
+
+CHUNK_ELEMENTS = 1 << 18
+"""Parts are merged in blocks of this size: float32 temporaries take 1 MiB each, and stay in the cache."""
+
+
+class Merger:
+    """Makes parts of merges.
+
+    Args:
+        like: a checkpoint of the sources' layout.
+        reader: of their parts.
+        common: tensors of which the sources have some rows in common.
+        deltas: donors as compressed differences, for jobs that may be made of them.
+    """
+
+    def __init__(
+        self, like: Checkpoint, reader: Reader, common: Mapping[str, CommonRows], deltas: Deltas | None
+    ) -> None:
+        self._like, self._reader, self._common, self._deltas = like, reader, common, deltas
+        self.measured = Measured()
+        self.n_compiled = 0
+        """Parts, or regions of them, that a compiled loop has made."""
+
+    def part(
+        self,
+        part: Part,
+        job: Job,
+        device: torch.device,
+        keep: bool,
+        watch: Watcher | None = None,
+        region: Region | None = None,
+    ) -> Stored | Fused:
+        """One part, or a region of it, as it is stored, or the loop that makes it.
+
+        Args:
+            part: which.
+            job: what to make of it.
+            device: where.
+            keep: whether what is read may stay for the next candidate.
+            watch: told what quantising cost.
+            region: rows and columns of its matrix; None for all of it.
+        """
+
+        @functools.cache
+        def source(i: int) -> Stored:
+            return self._reader.read(job.sources[i], part, device, keep, region)
+
+        if (rows := self._common.get(part.tensor)) is None:
+            return self._merged(part, job, source, device, watch, region)
+        rows, interface = (
+            rows.within(region[0]) if region else rows,
+            self._reader.read(job.interface, part, device, keep, region),
+        )
+        if rows.n_rows == 0:
+            return interface
+        merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)
+        if isinstance(merged, Fused):
+            shape = (rows.n_rows, *interface.shape[1:])
+            merged = Stored(interface.encoding, (merged.result().view(shape),))
+        return rows.complete(merged, interface)
+
+    def _merged(
+        self,
+        part: Part,
+        job: Job,
+        source: Callable[[int], Stored],
+        device: torch.device,
+        watch: Watcher | None,
+        region: Region | None,
+    ) -> Stored | Fused:
+        """What a job makes of its sources, source(0) being the base, or of that region of them."""
+        if job.method is None:
+            return source(0).as_output(CHUNK_ELEMENTS)
+        method, (base, *donors) = job.method, self._operands(part, job, source)
+        operands = dict(zip(job.sources, (base, *donors), strict=True))
+        stats = self.measured.of(
+            part, job, device, self._reader.whole(part, device) if region else operands.__getitem__
+        )
+        if method.copy_once_measured:
+            copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
+            if copied is not None:
+                return source(copied).as_output(CHUNK_ELEMENTS)
+        arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
+        keys = self._noise_keys(part, job) if method.random else ()
+        corner, width = self._place(part, region) if region else ((0, 0), None)
+        merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
+        if compiled := merge.compiled():
+            self.n_compiled += 1
+            return compiled
+        output, shape = source(0).encoding.output, source(0).shape
+        return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
+
+    def _operands(self, part: Part, job: Job, source: Callable[[int], Stored]) -> list[Operand]:
+        """The base, then the donors: themselves, or what is left of them."""
+        base = source(0).operand
+        if self._deltas is None or not self._is_compressed(part, job):
+            return [base, *(source(i).operand for i in range(1, len(job.sources)))]
+        donors = (
+            self._deltas.donor(name, part, base, lambda i=i: source(i).operand)  # type: ignore[misc]
+            for i, name in enumerate(job.sources[1:], 1)
+        )
+        return [base, *donors]
+
+    def _is_compressed(self, part: Part, job: Job) -> bool:
+        covered = self._deltas is not None and self._deltas.covers(matrix_of(self._like, part))
+        return job.compressed and covered and part.tensor not in self._common
+
+    def _place(self, part: Part, region: Region) -> tuple[tuple[int, int], int]:
+        """Corner of a region, and width of its part."""
+        return (region[0].start, region[1].start), matrix_of(self._like, part)[1]
+
+    def _noise_keys(self, part: Part, job: Job) -> list[Key]:
+        """A stream of random numbers for each donor."""
+        return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
