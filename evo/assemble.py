@@ -8,7 +8,8 @@ import numpy as np
 
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, check_compatible
-from evo.config import Config, component_options
+from evo.components import component_options
+from evo.config import Config
 from evo.hub import origin
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem, Start

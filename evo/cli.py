@@ -78,7 +78,7 @@ def plan(
     bandwidth; --calibrate measures the parents and a merge instead.
     """
     with _readable_errors(debug):
-        from evo.config import load_config
+        from evo.config_file import load_config
         from evo.planning.calibrate import calibrated
         from evo.planning.machine import plan_search, ranks_report
 

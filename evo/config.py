@@ -6,29 +6,21 @@ Validated whole before anything is loaded. Knows no torch.
 from __future__ import annotations
 
 import difflib
-import inspect
-import pkgutil
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
-    create_model,
     field_validator,
     model_validator,
 )
 
-from evo.hub import HubError, locate
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
-from evo.places import at, line_numbers
-from fitness.engines import ENGINES, what_is_missing
+from fitness.engines import ENGINES
 from fitness.orderliness import Orderliness
 from fitness.proxy import ESTIMATORS
 from fitness.tasks import TASKS
@@ -43,7 +35,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Component(BaseModel):
+class Component(BaseModel):
     """A `kind` out of a table, and options that the component's own signature decides."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -62,7 +54,7 @@ def _known(name: str, table: Mapping[str, Any], what: str) -> str:
     return name
 
 
-class SpaceConfig(_Component):
+class SpaceConfig(Component):
     """What may vary. Further keys are options of the space (roles, rest)."""
 
     kind: str = "block"
@@ -97,7 +89,7 @@ class SpaceConfig(_Component):
         return value
 
 
-class TaskConfig(_Component):
+class TaskConfig(Component):
     """What models are scored on. Further keys are options of the task."""
 
     kind: str
@@ -108,7 +100,7 @@ class TaskConfig(_Component):
         return _known(value, TASKS, "task")
 
 
-class EngineConfig(_Component):
+class EngineConfig(Component):
     """What generates. Further keys are options of the engine (dtype, device, batch_size, options)."""
 
     kind: str = "transformers"
@@ -123,7 +115,7 @@ class EngineConfig(_Component):
         return _known(value, ENGINES, "engine")
 
 
-class OptimizerConfig(_Component):
+class OptimizerConfig(Component):
     """What proposes. Further keys are options of the optimizer (population, weights, ...)."""
 
     kind: str = "nsga2"
@@ -287,41 +279,8 @@ class Config(_Section):
         return tuple(self.space.donors or (name for name in self.parents if name != self.space_base))
 
 
-TABLE_FILES = (".jsonl", ".json", ".parquet")
 SAFE_KEYS = ("budget", "tracking", "engine.threads", "memory.residency")
 """Keys that may differ when a run goes on; any other would make its results incomparable."""
-
-
-def load_config(path: str | Path) -> Config:
-    """Read, resolve and validate a YAML file. Checkpoints that are named by an id are downloaded.
-
-    Paths of checkpoints, and of tables that are files, are taken relative to the file.
-
-    Raises:
-        ConfigError: naming the file, the line and the key, what was expected and what came.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        data, lines = yaml.safe_load(text), line_numbers(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {type(data).__name__}")
-    try:
-        config = Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_describe(path, lines, dict(e)) for e in error.errors())) from None
-    config, places = _resolve_paths(config, path.resolve().parent)
-    places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config), *_check_memory(config)]
-    problems = [at(path, lines, place, message) for place, message in places]
-    problems += [_describe(path, lines, error, config) for error in _check_options(config)]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -341,162 +300,3 @@ def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def component_options(component: _Component, table: Mapping[str, str]) -> dict[str, Any]:
-    """The options of a component, validated against and converted by the type hints of its keyword-only
-    parameters, so that a new component needs no schema of its own.
-
-    Raises:
-        pydantic.ValidationError: for an unknown, missing or ill-typed option.
-    """
-    target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
-    built = target.func if isinstance(target, partial) else target
-    hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
-    validated = model.model_validate(component.options)
-    return {name: getattr(validated, name) for name in validated.model_fields_set}
-
-
-ComponentT = TypeVar("ComponentT", bound=_Component)
-
-
-def validated(section: type[ComponentT], table: Mapping[str, str], values: Mapping[str, Any]) -> ComponentT:
-    """A section of a config on its own, with its component's options checked.
-
-    Raises:
-        ConfigError: naming the key, what was expected and what came.
-    """
-    try:
-        component = section.model_validate(dict(values))
-        component_options(component, table)
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])) or section.__name__}: {str(e['msg']).removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
-        raise ConfigError("\n".join(lines)) from None
-    return component
-
-
-def _check_options(config: Config) -> Iterator[dict[str, Any]]:
-    """Errors in the options of the four components, in pydantic's form."""
-    for section, table in (("space", SPACES), ("task", TASKS), ("optimizer", OPTIMIZERS), ("engine", ENGINES)):
-        try:
-            component_options(getattr(config, section), table)
-        except ValidationError as error:
-            yield from ({**e, "loc": (section, *e["loc"])} for e in error.errors())
-
-
-def _check_files(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    for key, table in _table_files(config.task.options):
-        if not Path(table).is_file():
-            yield ("task", key), f"no file at {table}"
-
-
-def _table_files(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Options of a task that name files, as (key, path)."""
-    found = [(key, options.get(key)) for key in ("path", "test_path")]
-    return [(key, path) for key, path in found if isinstance(path, str) and path.endswith(TABLE_FILES)]
-
-
-def _check_knobs(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    method = get_method(config.space.method)
-    for name, value in config.space.knobs.items():
-        ends = value if isinstance(value, tuple) else (value,)
-        try:
-            for end in ends:
-                method.knob(name, config.space_donors).check(name, end)
-            if len(ends) == 2 and not ends[0] < ends[1]:
-                raise ValueError(f"expected [low, high] with low < high, got {list(ends)}")
-        except ValueError as error:
-            yield ("space", "knobs", name), str(error)
-
-
-def _check_capabilities(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What a component says it `needs` of the engine and the engine does not have, and whether there is an engine."""
-    if missing_package := what_is_missing(config.engine.kind):
-        yield ("engine", "kind"), missing_package
-    engines = {name: pkgutil.resolve_name(target).capabilities for name, target in ENGINES.items()}
-    asked: list[tuple[tuple[str, ...], str, frozenset[str]]] = []
-    for section, table in (("space", SPACES), ("task", TASKS)):
-        kind = getattr(config, section).kind
-        needs: frozenset[str] = getattr(pkgutil.resolve_name(table[kind]), "needs", frozenset())
-        asked.append(((section, "kind"), repr(kind), needs))
-    if config.proxy.enabled and config.proxy.likelihood:
-        asked.append((("proxy", "likelihood"), "the likelihood screen", frozenset({"logprobs"})))
-    for place, who, needs in asked:
-        if missing := needs - engines[config.engine.kind]:
-            able = ", ".join(name for name, has in engines.items() if needs <= has) or "none yet"
-            yield (
-                place,
-                f"{who} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
-                f"engines that have it: {able}",
-            )
-
-
-def _check_memory(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    device = config.engine.options.get("device", "auto")
-    if config.memory.residency == "pinned" and device == "cpu":
-        yield (
-            ("memory", "residency"),
-            "'pinned' is host memory that a GPU copies from, but engine.device is 'cpu': expected device, disk or auto",
-        )
-
-
-def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[tuple[str, ...], str]]]:
-    """The config with absolute paths, and the checkpoints that are nowhere."""
-    data = config.model_dump(mode="json")
-    missing: list[tuple[tuple[str, ...], str]] = []
-    for name, path in config.sources.items():
-        place: tuple[str, ...] = ("base",) if name == "base" else ("parents", name)
-        try:
-            found = str(locate(path, folder))
-        except HubError as error:
-            missing.append((place, str(error)))
-            continue
-        if name == "base":
-            data["base"] = found
-        else:
-            data["parents"][name] = found
-    for part in (data["task"], *data["task"].get("tasks", ())):
-        for key, table in _table_files(part) if isinstance(part, dict) else ():
-            part[key] = str((folder / table).resolve())
-    return Config.model_validate(data), missing
-
-
-def _describe(
-    path: Path, lines: Mapping[tuple[str, ...], int], error: dict[str, Any], config: Config | None = None
-) -> str:
-    """One pydantic error as "file:line: key: what was expected, what came"."""
-    place = tuple(str(part) for part in error["loc"])
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        allowed = _keys_at(place[:-1], config)
-        near = difflib.get_close_matches(place[-1], allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        message = f"unknown key {place[-1]!r}: expected one of {', '.join(allowed)}{hint}"
-    elif error["type"] == "missing":
-        message = f"the key {place[-1]!r} is missing"
-    elif not isinstance(error.get("input"), dict | list | tuple):
-        message += f", got {error.get('input')!r}"
-    return at(path, lines, place, message)
-
-
-def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
-    """Keys that are allowed at a place of the file."""
-    if not place:
-        return list(Config.model_fields)
-    section: Any = Config.model_fields[place[0]].annotation
-    keys = list(section.model_fields)
-    tables = {"space": SPACES, "task": TASKS, "optimizer": OPTIMIZERS, "engine": ENGINES}
-    if config is not None and place[0] in tables:
-        target = pkgutil.resolve_name(tables[place[0]][getattr(config, place[0]).kind])
-        parameters = inspect.signature(target).parameters.values()
-        keys += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    return keys

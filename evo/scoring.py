@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo.config import ConfigError, EngineConfig, TaskConfig, component_options, validated
+from evo.components import component_options, validated
+from evo.config import ConfigError, EngineConfig, TaskConfig
 from fitness.engines import ENGINES, what_is_missing
 from fitness.evaluator import Evaluator
 from fitness.orderliness import Orderliness

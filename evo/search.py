@@ -24,7 +24,8 @@ from evo.assemble import (
     source_digests,
     unscored_note,
 )
-from evo.config import Budget, Config, changed_keys, load_config
+from evo.config import Budget, Config, changed_keys
+from evo.config_file import load_config
 from evo.front import Front, read_front
 from evo.history import History
 from evo.interrupts import interruptible

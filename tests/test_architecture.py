@@ -33,7 +33,7 @@ HOMES = {  # third-party library -> where alone it may be imported
     "matplotlib": "evo/picture.py",
     "rich": ("evo/terminal.py", "evo/cli.py"),
     "typer": "evo/cli.py",
-    "pydantic": ("evo/config.py", "evo/cli.py"),
+    "pydantic": ("evo/config.py", "evo/config_file.py", "evo/components.py", "evo/cli.py"),
     "transformers": "fitness/engines/",
     "vllm": ("fitness/engines/vllm.py", "fitness/engines/vllm_worker.py"),
     "datasets": "fitness/tasks/",

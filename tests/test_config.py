@@ -2,7 +2,9 @@
 
 import pytest
 
-from evo.config import ConfigError, changed_keys, component_options, load_config
+from evo.components import component_options
+from evo.config import ConfigError, changed_keys
+from evo.config_file import load_config
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
 from fitness.types import Decoding
@@ -52,6 +54,10 @@ MISTAKES = {  # what is changed -> what the message must hold
     ],
     ("budget:", "memory: {deltas: int3}\nbudget:"): ["search.yaml:8: memory.deltas", "int8", "got 'int3'"],
     ("candidates: 10", "candidates: many"): ["search.yaml:8: budget.candidates", "valid integer", "'many'"],
+    ("float32}", "float32, batch_size: many}"): [
+        "search.yaml:6: engine.batch_size: Input",
+        "got 'many'; or: Input should be 'auto'",
+    ],
     ("candidates: 10", "candidates: 0"): ["budget.candidates", "greater than or equal to 1", "got 0"],
     ("{candidates: 10}", "{}"): ["at least one of candidates, tokens, hours"],
     ("kind: cma_es", "kind: cma_ess"): ["search.yaml:7", "'cma_ess'", "did you mean 'cma_es'?"],

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from evo.assemble import recipe_sources
-from evo.config import ConfigError, load_config
+from evo.config import ConfigError
+from evo.config_file import load_config
 from evo.hub import is_id, origin
 from search_spaces.recipe import Recipe
 

@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from evo.cli import app
-from evo.config import load_config
+from evo.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

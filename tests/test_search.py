@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evo import Search
 from evo.assemble import build_space, build_task, build_worker, open_sources
 from evo.checkpoint import Checkpoint, CheckpointError
-from evo.config import Budget, load_config
+from evo.config import Budget
+from evo.config_file import load_config
 from evo.export import ExportError
 from evo.front import PickError
 from evo.ledger import Ledger

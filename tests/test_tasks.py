@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from evo.config import TaskConfig, component_options
+from evo.components import component_options
+from evo.config import TaskConfig
 from fitness.tasks import TASKS
 from fitness.tasks.mixture import Mixture, shares
 from fitness.tasks.named import PRESETS

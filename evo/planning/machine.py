@@ -23,7 +23,8 @@ from evo.assemble import (
     search_problem,
 )
 from evo.checkpoint import Checkpoint
-from evo.config import Config, component_options
+from evo.components import component_options
+from evo.config import Config
 from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, model_bytes
 from evo.planning.plan import Load, Plan, Settings, check, make_plan
 from evo.planning.ranks import rank_table

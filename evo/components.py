@@ -1,0 +1,54 @@
+"""Options of a component (a space, task, engine or optimizer), checked against its own parameters."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from evo.config import Component, ConfigError
+
+
+def component_options(component: Component, table: Mapping[str, str]) -> dict[str, Any]:
+    """The options of a component, validated against and converted by the type hints of its keyword-only
+    parameters, so that a new component needs no schema of its own.
+
+    Raises:
+        pydantic.ValidationError: for an unknown, missing or ill-typed option.
+    """
+    target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
+    built = target.func if isinstance(target, partial) else target
+    hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
+    validated = model.model_validate(component.options)
+    return {name: getattr(validated, name) for name in validated.model_fields_set}
+
+
+ComponentT = TypeVar("ComponentT", bound=Component)
+
+
+def validated(section: type[ComponentT], table: Mapping[str, str], values: Mapping[str, Any]) -> ComponentT:
+    """A section of a config on its own, with its component's options checked.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what came.
+    """
+    try:
+        component = section.model_validate(dict(values))
+        component_options(component, table)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or section.__name__}: {str(e['msg']).removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise ConfigError("\n".join(lines)) from None
+    return component

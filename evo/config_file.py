@@ -1,0 +1,184 @@
+"""Reads a run's configuration from YAML, and says of every mistake where in the file it is.
+
+What can be checked without loading anything is checked here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from evo.components import component_options
+from evo.config import Config, ConfigError
+from evo.hub import HubError, locate
+from evo.merge import get_method
+from evo.optimizers import OPTIMIZERS
+from evo.places import Place, at, line_numbers
+from fitness.engines import ENGINES, what_is_missing
+from fitness.tasks import TASKS
+from search_spaces import SPACES
+
+TABLE_FILES = (".jsonl", ".json", ".parquet")
+
+
+def load_config(path: str | Path) -> Config:
+    """Read, resolve and validate a YAML file. Checkpoints that are named by an id are downloaded.
+
+    Paths of checkpoints, and of tables that are files, are taken relative to the file.
+
+    Raises:
+        ConfigError: naming the file, the line and the key, what was expected and what came.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        data, lines = yaml.safe_load(text), line_numbers(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {type(data).__name__}")
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_listed(path, lines, [_describe(lines, dict(e)) for e in error.errors()])) from None
+    config, places = _resolve_paths(config, path.resolve().parent)
+    places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config), *_check_memory(config)]
+    places += [_describe(lines, error, config) for error in _check_options(config)]
+    if places:
+        raise ConfigError(_listed(path, lines, places))
+    return config
+
+
+def _listed(path: Path, lines: Mapping[Place, int], found: Iterable[tuple[Place, str]]) -> str:
+    """A line for each place: of a value that may be of several kinds there is a message for each kind."""
+    messages: dict[Place, list[str]] = {}
+    for place, message in found:
+        messages.setdefault(place, []).append(message)
+    return "\n".join(at(path, lines, place, "; or: ".join(said)) for place, said in messages.items())
+
+
+def _check_options(config: Config) -> Iterator[dict[str, Any]]:
+    """Errors in the options of the four components, in pydantic's form."""
+    for section, table in (("space", SPACES), ("task", TASKS), ("optimizer", OPTIMIZERS), ("engine", ENGINES)):
+        try:
+            component_options(getattr(config, section), table)
+        except ValidationError as error:
+            yield from ({**e, "loc": (section, *e["loc"])} for e in error.errors())
+
+
+def _check_files(config: Config) -> Iterator[tuple[Place, str]]:
+    for key, table in _table_files(config.task.options):
+        if not Path(table).is_file():
+            yield ("task", key), f"no file at {table}"
+
+
+def _table_files(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Options of a task that name files, as (key, path)."""
+    found = [(key, options.get(key)) for key in ("path", "test_path")]
+    return [(key, path) for key, path in found if isinstance(path, str) and path.endswith(TABLE_FILES)]
+
+
+def _check_knobs(config: Config) -> Iterator[tuple[Place, str]]:
+    method = get_method(config.space.method)
+    for name, value in config.space.knobs.items():
+        ends = value if isinstance(value, tuple) else (value,)
+        try:
+            for end in ends:
+                method.knob(name, config.space_donors).check(name, end)
+            if len(ends) == 2 and not ends[0] < ends[1]:
+                raise ValueError(f"expected [low, high] with low < high, got {list(ends)}")
+        except ValueError as error:
+            yield ("space", "knobs", name), str(error)
+
+
+def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
+    """What a component says it `needs` of the engine and the engine does not have, and whether there is an engine."""
+    if missing_package := what_is_missing(config.engine.kind):
+        yield ("engine", "kind"), missing_package
+    engines = {name: pkgutil.resolve_name(target).capabilities for name, target in ENGINES.items()}
+    asked: list[tuple[tuple[str, ...], str, frozenset[str]]] = []
+    for section, table in (("space", SPACES), ("task", TASKS)):
+        kind = getattr(config, section).kind
+        needs: frozenset[str] = getattr(pkgutil.resolve_name(table[kind]), "needs", frozenset())
+        asked.append(((section, "kind"), repr(kind), needs))
+    if config.proxy.enabled and config.proxy.likelihood:
+        asked.append((("proxy", "likelihood"), "the likelihood screen", frozenset({"logprobs"})))
+    for place, who, needs in asked:
+        if missing := needs - engines[config.engine.kind]:
+            able = ", ".join(name for name, has in engines.items() if needs <= has) or "none yet"
+            yield (
+                place,
+                f"{who} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
+                f"engines that have it: {able}",
+            )
+
+
+def _check_memory(config: Config) -> Iterator[tuple[Place, str]]:
+    device = config.engine.options.get("device", "auto")
+    if config.memory.residency == "pinned" and device == "cpu":
+        yield (
+            ("memory", "residency"),
+            "'pinned' is host memory that a GPU copies from, but engine.device is 'cpu': expected device, disk or auto",
+        )
+
+
+def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[Place, str]]]:
+    """The config with absolute paths, and the checkpoints that are nowhere."""
+    data = config.model_dump(mode="json")
+    missing: list[tuple[Place, str]] = []
+    for name, path in config.sources.items():
+        place: Place = ("base",) if name == "base" else ("parents", name)
+        try:
+            found = str(locate(path, folder))
+        except HubError as error:
+            missing.append((place, str(error)))
+            continue
+        if name == "base":
+            data["base"] = found
+        else:
+            data["parents"][name] = found
+    for part in (data["task"], *data["task"].get("tasks", ())):
+        for key, table in _table_files(part) if isinstance(part, dict) else ():
+            part[key] = str((folder / table).resolve())
+    return Config.model_validate(data), missing
+
+
+def _describe(lines: Mapping[Place, int], error: dict[str, Any], config: Config | None = None) -> tuple[Place, str]:
+    """Place of one of pydantic's errors, and what was expected and what came."""
+    place = tuple(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        allowed = _keys_at(place[:-1], config)
+        near = difflib.get_close_matches(place[-1], allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return place, f"unknown key {place[-1]!r}: expected one of {', '.join(allowed)}{hint}"
+    if error["type"] == "missing":
+        return place, f"the key {place[-1]!r} is missing"
+    while len(place) > 1 and place not in lines and place[:-1] in lines:
+        place = place[:-1]  # pydantic's name for one of several kinds of value
+    came = "" if isinstance(error.get("input"), dict | list | tuple) else f", got {error.get('input')!r}"
+    return place, message + came
+
+
+def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
+    """Keys that are allowed at a place of the file."""
+    if not place:
+        return list(Config.model_fields)
+    section: Any = Config.model_fields[place[0]].annotation
+    keys = list(section.model_fields)
+    tables = {"space": SPACES, "task": TASKS, "optimizer": OPTIMIZERS, "engine": ENGINES}
+    if config is not None and place[0] in tables:
+        target = pkgutil.resolve_name(tables[place[0]][getattr(config, place[0]).kind])
+        parameters = inspect.signature(target).parameters.values()
+        keys += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return keys
