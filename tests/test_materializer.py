@@ -128,7 +128,7 @@ def test_chunks_do_not_change_a_bit(moe_parents, monkeypatch):
 def test_a_failed_write_is_written_again(moe_parents, monkeypatch):
     engine = engine_of(moe_parents)
     recipe = random_recipe(moe_parents, "linear", seed=4).to_dict()
-    part = engine._writer._part
+    part = engine._writer._merger.part
     calls = iter(range(10))
 
     def failing(*args, **kwargs):
@@ -136,7 +136,7 @@ def test_a_failed_write_is_written_again(moe_parents, monkeypatch):
             raise MemoryError("no room")
         return part(*args, **kwargs)
 
-    monkeypatch.setattr(engine._writer, "_part", failing)
+    monkeypatch.setattr(engine._writer._merger, "part", failing)
     with pytest.raises(MemoryError):
         engine.update(recipe)
     monkeypatch.undo()
