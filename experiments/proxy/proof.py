@@ -105,7 +105,9 @@ def main() -> None:
         str(n): {**proxy(f"{n} problems", n=n), "spearman_ceiling": study.ceiling(n)}
         for n in (n_problems // 4, n_problems // 2)
     }
-    (HERE / "results.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
+    path = HERE / "results.json"
+    live = json.loads(path.read_text()).get("live") if path.exists() else None  # of live.py
+    path.write_text(json.dumps(rounded({**results, **({"live": live} if live else {})}), indent=1) + "\n")
     draw(results, HERE / "curve.png")
     print(table(results))
 
