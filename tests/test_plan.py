@@ -98,7 +98,9 @@ def test_the_671b_pair_on_16_ranks_by_hand(deepseek):
     stored_expert = expert + 4 * expert // 128**2
     routed, stored = (one * (N_LAYERS - N_DENSE) * N_EXPERTS for one in (expert, stored_expert))
     whole = Share(model_bytes(deepseek, "bfloat16"), 2 * stored_bytes(deepseek))
-    found = {layout: shares(layout, [deepseek, deepseek], torch.bfloat16, 16) for layout in LAYOUTS}
+    sibling = Checkpoint(deepseek.path / "sibling", deepseek.weight_map, deepseek.headers)
+    sibling.config = deepseek.config
+    found = {layout: shares(layout, [deepseek, sibling], torch.bfloat16, 16) for layout in LAYOUTS}
     assert set(found["expert"]) == {
         Share(whole.model - 2 * routed + 2 * routed // 16, whole.sources - 2 * stored + 2 * stored // 16)
     }
@@ -130,6 +132,18 @@ def test_shares_are_what_a_rank_really_holds(moe_parents, layout, fp8, tmp_path)
         materializer = Materializer(open_checkpoints(parents), slots, partial=True)
         materializer.write(recipe)
         assert share.model == sum(2 * tensor.numel() for tensor in tensors.values())
+        assert share.sources == sum(held.nbytes for held in materializer._pieces._kept.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shares_of_an_adapter_count_its_base_once(llama_adapter, layout):
+    sources = {name: Source(str(path)) for name, path in llama_adapter.items()}
+    recipe = Recipe(sources, "base", "b", (Rule("linear", {"a": 0.3, "b": 0.4}),)).to_dict()
+    checkpoints = open_checkpoints(llama_adapter)
+    for rank, share in enumerate(shares(layout, list(checkpoints.values()), torch.bfloat16, 2)):
+        slots, _ = slots_of(layout, checkpoints["b"], rank, 2)
+        materializer = Materializer(open_checkpoints(llama_adapter), slots, partial=True)
+        materializer.write(recipe)
         assert share.sources == sum(held.nbytes for held in materializer._pieces._kept.values())
 
 

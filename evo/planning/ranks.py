@@ -63,10 +63,13 @@ def _share(part: Part, sources: Sequence[Checkpoint], region: Region, dtype: tor
     shape, entries = part_shape(sources[0], part), [source.entries[part.tensor] for source in sources]
     slot = torch.empty(cut_shape(shape, region), dtype=dtype, device="meta")
     (target,) = targets_of(part, entries, {part.tensor: [Shard(slot, *region, expert=part.row)]})
-    read = 0
+    read, seen = 0, set()
     for source, entry in zip(sources, entries, strict=True):
-        cuts = entry.encoding.cut(shape, region)
-        for header, cut in zip(part_headers(source, part), cuts, strict=True):
+        held, cuts = source.holders(part.tensor), entry.encoding.cut(shape, region)
+        for (holder, piece), header, cut in zip(held, part_headers(source, part), cuts, strict=True):
+            if (holder.path, piece) in seen:  # the base that an adapter was trained on
+                continue
+            seen.add((holder.path, piece))
             taken = [len(range(n)[s]) for n, s in zip(header.shape, cut, strict=False)]
             read += TensorHeader(header.dtype, (*taken, *header.shape[len(taken) :])).n_bytes
     return Share(target.slot.nbytes, read)
