@@ -26,6 +26,8 @@ from fitness.tasks import TASKS
 from search_spaces import SPACES
 
 TABLE_FILES = (".jsonl", ".json", ".parquet")
+COMPONENTS = {"space": SPACES, "task": TASKS, "optimizer": OPTIMIZERS, "engine": ENGINES}
+"""Section of a config -> the table of its kinds."""
 
 
 def load_config(path: str | Path) -> Config:
@@ -69,7 +71,7 @@ def _listed(path: Path, lines: Mapping[Place, int], found: Iterable[tuple[Place,
 
 def _check_options(config: Config) -> Iterator[dict[str, Any]]:
     """Errors in the options of the four components, in pydantic's form."""
-    for section, table in (("space", SPACES), ("task", TASKS), ("optimizer", OPTIMIZERS), ("engine", ENGINES)):
+    for section, table in COMPONENTS.items():
         try:
             component_options(getattr(config, section), table)
         except ValidationError as error:
@@ -176,9 +178,8 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
         return list(Config.model_fields)
     section: Any = Config.model_fields[place[0]].annotation
     keys = list(section.model_fields)
-    tables = {"space": SPACES, "task": TASKS, "optimizer": OPTIMIZERS, "engine": ENGINES}
-    if config is not None and place[0] in tables:
-        target = pkgutil.resolve_name(tables[place[0]][getattr(config, place[0]).kind])
+    if config is not None and place[0] in COMPONENTS:
+        target = pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind])
         parameters = inspect.signature(target).parameters.values()
         keys += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return keys

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from mergekit.config import MergeConfiguration
@@ -22,7 +23,7 @@ spent = 0.0
 execute = MergeMethod._execute_resolved
 
 
-def timed(self, groups, *args, **kwargs):
+def timed(self: MergeMethod, groups: Any, *args: Any, **kwargs: Any) -> Any:
     """The operation."""
     global spent
     for group in groups if job["touch"] else ():

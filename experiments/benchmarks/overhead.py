@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import machine, recipe_of
+from benchmark import machine, recipe_of, write_down
 from checkpoints import LLAMA_1B, make
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -91,9 +91,7 @@ def main() -> None:
     kept |= {run.name: of_run(run) for run in arguments.runs}
     if arguments.large:
         kept["llama_1b"] = {**of_large(), "machine": machine()}
-    results["overhead"] = kept
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(kept, indent=1))
+    write_down({"overhead": kept})
 
 
 if __name__ == "__main__":
