@@ -155,13 +155,10 @@ class Materializer:
     def _n_bytes(self) -> int:
         """Of all that is kept of the sources; of shards roughly, as their share of what they are cut out of."""
         found = holdings(self._checkpoints, self._targets, self._deltas, self._base, self._common)
+        first = next(iter(self._checkpoints.values()))
         numbers = sum(target.slot.numel() for targets in self._targets.values() for target in targets)
-        whole = sum(math.prod(self._matrix(part)) for part in self._targets)
+        whole = sum(math.prod(matrix_of(first, part)) for part in self._targets)
         return int(sum(holding.kept for holding in found.values()) * min(1.0, numbers / max(1, whole)))
-
-    def _matrix(self, part: Part) -> tuple[int, int]:
-        """Shape of a part's matrix."""
-        return matrix_of(next(iter(self._checkpoints.values())), part)
 
     @torch.no_grad()
     def feed(self, recipe: Mapping[str, Any], load: Callable[[Iterator[tuple[str, Tensor]]], object]) -> UpdateReport:

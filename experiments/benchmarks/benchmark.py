@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import LLAMA_1B, SMOLLM2_135M, make
+from record import record
 
 from evo.checkpoint import Checkpoint
 from evo.export import write_checkpoint
@@ -70,9 +71,7 @@ def main() -> None:
 
 def write_down(results: dict[str, Any]) -> None:
     """Print, and merge into results.json."""
-    path = HERE / "results.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**kept, **results}, indent=1) + "\n")
+    record(results)
     print(json.dumps(results, indent=1))
 
 

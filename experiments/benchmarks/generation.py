@@ -28,12 +28,12 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from record import record
 
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Decoding
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
 REPEATS = 3
 SUBJECTS = ("a river", "the moon", "bread", "a bicycle", "winter", "an orchestra", "copper", "a lighthouse")
 
@@ -137,9 +137,7 @@ def main() -> None:
     for name, row in found.items():
         print(f"{name}: {row['ratio']} times model.generate, {row['tokens_per_second']} tokens/s; {row}")
     print(machine)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results["generation_over_generate"] = {**found, "machine": machine}
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    record({"generation_over_generate": {**found, "machine": machine}})
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from checkpoints import SMOLLM2_135M, make
+from record import record, recorded
 
 from evo.checkpoint import Checkpoint
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
 from search_spaces.recipe import Recipe, Rule, Source
 
-HERE = Path(__file__).parent
 LARGEST = (8192, 4096)
 """Shape of the embedding, the largest tensor."""
 METHODS = {
@@ -61,7 +61,7 @@ def main() -> None:
                 continue
             in_process("make", method, n_donors, n_layers, folder)  # leaves its memory to no one
             peak = in_process(kind, method, n_donors, n_layers, folder)
-            record(f"{kind} {method}, {n_donors} donors, {n_layers} layers", peak)
+            record_peak(f"{kind} {method}, {n_donors} donors, {n_layers} layers", peak)
 
 
 def in_process(*arguments: object) -> int:
@@ -70,19 +70,17 @@ def in_process(*arguments: object) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def record(name: str, peak: int) -> None:
+def record_peak(name: str, peak: int) -> None:
     """Put a peak into results.json."""
     print(f"{name}: {peak / MIB:.0f} MiB", flush=True)
-    path, largest = HERE / "results.json", 4 * LARGEST[0] * LARGEST[1]
-    results = json.loads(path.read_text()) if path.exists() else {}
-    peaks = {**results.get("memory", {}).get("peak_extra_bytes", {}), name: peak}
-    results["peak_extra_bytes_over_largest_tensor_fp32"] = max(peaks.values()) / largest
-    results["memory"] = {
+    largest = 4 * LARGEST[0] * LARGEST[1]
+    peaks = {**recorded().get("memory", {}).get("peak_extra_bytes", {}), name: peak}
+    memory = {
         "largest_tensor_fp32_bytes": largest,
         "limit_bytes": 2 * largest + 256 * MIB,
         "peak_extra_bytes": peaks,
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    record({"peak_extra_bytes_over_largest_tensor_fp32": max(peaks.values()) / largest, "memory": memory})
 
 
 def case(kind: str, method: str, n_donors: int, n_layers: int, folder: str) -> int:

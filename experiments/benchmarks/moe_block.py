@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from memory import peak_extra
+from record import record
 
 from evo.checkpoint import SINGLE_FILE, Checkpoint
 from evo.encodings import TensorHeader
@@ -26,7 +27,6 @@ from evo.export import write_checkpoint
 from evo.safetensors_writer import SafetensorsWriter
 from search_spaces.recipe import Recipe, Rule, Source
 
-HERE = Path(__file__).parent
 HIDDEN, WIDTH, N_EXPERTS, N_LAYERS, N_DENSE, VOCABULARY = 7168, 2048, 256, 61, 3, 129280
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -106,9 +106,7 @@ def main() -> None:
     merged = sum(math.prod(shape) for _, shape in experts(N_DENSE, n))
     numbers = sum(math.prod(shape) for _, shape, _ in index())
     stored = sum(math.prod(shape) * (size + (4 / 128**2 if size == 1 else 0)) for _, shape, size in index())
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results["moe_block"] = {
+    figures = {
         "experts": n,
         "bytes_a_parent": merged * (1 + 4 / 128**2),
         "wall_seconds": wall,
@@ -122,8 +120,8 @@ def main() -> None:
             "peak_anonymous_bytes": peak + max(math.prod(shape) * size for _, shape, size in index()),
         },
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results["moe_block"], indent=1))
+    record({"moe_block": figures})
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

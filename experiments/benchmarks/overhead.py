@@ -11,7 +11,6 @@ and at most 2% of a candidate that decodes two hundred or more.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from contextlib import closing
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from benchmark import machine, recipe_of, write_down
 from checkpoints import LLAMA_1B, make
+from record import recorded
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from evo.checkpoint import Checkpoint
@@ -30,7 +30,6 @@ from evo.materializer import Materializer
 from fitness.engines.transformers import find_slots
 from fitness.types import Split
 
-RESULTS = Path(__file__).parent / "results.json"
 ROWS, STEPS, ROUNDS = 32, 8, 3
 PAUSE = 60.0
 """Seconds between two candidates that only a run that was stopped in between can have."""
@@ -86,8 +85,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--large", action="store_true")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kept = results.get("overhead", {})
+    kept = recorded().get("overhead", {})
     kept |= {run.name: of_run(run) for run in arguments.runs}
     if arguments.large:
         kept["llama_1b"] = {**of_large(), "machine": machine()}

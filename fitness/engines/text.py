@@ -78,6 +78,14 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat: Mapping[
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
 
 
+def rooms(
+    text: Text, prompts: Sequence[str], max_tokens: int, context: int | None
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Prompt -> its tokens, and prompt -> how many it may be continued by. Raises as `limits` does."""
+    encoded = {prompt: text.encode(prompt) for prompt in dict.fromkeys(prompts)}
+    return encoded, dict(zip(encoded, limits(list(encoded.values()), max_tokens, context), strict=True))
+
+
 def limits(encoded: Sequence[Sequence[int]], max_tokens: int, context: int | None) -> list[int]:
     """How many tokens each prompt may be continued by.
 

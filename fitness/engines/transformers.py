@@ -22,7 +22,7 @@ from fitness.engines.columns import bytes_per_token, is_columnar
 from fitness.engines.decoding import Decoder, Request
 from fitness.engines.memory import free_bytes, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
-from fitness.engines.text import Text, encode, limits
+from fitness.engines.text import Text, encode, rooms
 from fitness.types import Completion, Decoding, Likelihood
 
 
@@ -108,8 +108,7 @@ class TransformersEngine:
             ValueError: if no prompt leaves room for max_tokens.
             FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
         """
-        encoded = {prompt: self._text.encode(prompt) for prompt in dict.fromkeys(prompts)}
-        room = dict(zip(encoded, limits(list(encoded.values()), max_tokens, self._context), strict=True))
+        encoded, room = rooms(self._text, prompts, max_tokens, self._context)
         if self.batch_size is None:
             longest = max((len(ids) for ids in encoded.values()), default=0)
             self.batch_size = self._find_batch_size(longest + max_tokens)

@@ -16,7 +16,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from fitness.engines.sampling import Settings
-from fitness.engines.text import Text, generation_config, limits
+from fitness.engines.text import Text, generation_config, rooms
 from fitness.types import Completion, Decoding
 
 _OWN = {
@@ -142,9 +142,7 @@ class VllmEngine:
             ValueError: if no prompt leaves room for max_tokens.
             FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
         """
-        encoded = {prompt: self._text.encode(prompt) for prompt in dict.fromkeys(prompts)}
-        context = self._llm.model_config.max_model_len
-        room = dict(zip(encoded, limits(list(encoded.values()), max_tokens, context), strict=True))
+        encoded, room = rooms(self._text, prompts, max_tokens, self._llm.model_config.max_model_len)
         seeds = seeds or [0] * len(prompts)
         asked = [i for i, prompt in enumerate(prompts) if room[prompt] > 0]
         written: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
