@@ -180,10 +180,13 @@ class ProxyConfig(_Section):
     """How likely, at most, a candidate is stopped that beats every member by the tolerance."""
     tolerance: float = Field(0.01, ge=0, lt=1)
     """Differences that are worth no full evaluation, as a share of the hypervolume's box in each objective."""
-    chosen: int = Field(16, ge=0)
+    chosen: int = Field(32, ge=0)
     """Problems that are asked first because parents and baselines differ on them; the others come by lot."""
+    gain: float = Field(1e-4, ge=0, lt=1)
+    """All are parked after the first look, told by their estimates; one goes on later, the most promising first, while
+    a gain of this share of the hypervolume's box is expected of it. 0 parks nobody: all race to the end."""
     estimator: str = "kriging"
-    """What a stopped candidate is estimated by."""
+    """What a stopped or parked candidate is estimated by."""
 
     @field_validator("estimator")
     @classmethod

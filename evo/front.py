@@ -135,26 +135,26 @@ class Front:
 def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
     """The front of a run, or as it stood after a generation."""
     held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
-    entries, proofs = ledger.entries(Split.SEARCH), ledger.proofs()
+    entries, later = ledger.entries(Split.SEARCH), {entry.candidate_id: entry for entry in ledger.later()}
     asks = ledger.asks()  # last: a live run may add to all of them meanwhile
-    rows = rows_of(entries, proofs, asks, held_out)
+    rows = rows_of(entries, later, asks, held_out)
     if until_generation is not None:
         rows = [row for row in rows if row.ask.generation <= until_generation]
     return front_of(rows, tuple(ledger.meta("config")["objectives"]))
 
 
 def rows_of(
-    entries: Iterable[Entry], proofs: Mapping[int, Entry], asks: Sequence[Ask], held_out: Mapping[int, Entry]
+    entries: Iterable[Entry], later: Mapping[int, Entry], asks: Sequence[Ask], held_out: Mapping[int, Entry]
 ) -> list[Row]:
-    """Rows of the evaluations that gave scores on all problems, those with exact donors where there are such.
+    """Rows of the candidates that have scores on all problems, by their last evaluations.
 
     Args:
-        entries: on the search split.
-        proofs: candidate id -> its evaluation with exact donors.
+        entries: first ones on the search split.
+        later: candidate id -> its last one, where it is not the first.
         asks: candidate id -> its ask.
         held_out: candidate id -> its evaluation on the held-out split.
     """
-    last = (proofs.get(entry.candidate_id, entry) for entry in entries)
+    last = (later.get(entry.candidate_id, entry) for entry in entries)
     return [Row(asks[e.candidate_id], e, held_out.get(e.candidate_id)) for e in last if e.measured]
 
 

@@ -28,16 +28,20 @@ class History:
             split: {entry.candidate_id: entry for entry in ledger.entries(split)} for split in Split
         }
         """Split -> candidate id -> its evaluation."""
-        self.proofs = ledger.proofs()
-        """Candidate id -> its evaluation with exact donors, where the one above was with compressed ones."""
+        self.later: dict[int, Entry] = {}
+        """Candidate id -> its last evaluation on the search split, where that is not the first, which is above."""
         self.asks: list[Ask] = ledger.asks()
         """Candidate id -> its ask."""
         self.budget = Budget.model_validate(ledger.meta("budget"))
         """Its limits; see Budget."""
         self.spent = {"candidates": 0.0, "tokens": 0.0, "hours": 0.0}
         """What the search has used of its budget: evaluations on the search split, nothing else."""
+        self.spent_later = 0.0
+        """Tokens among these that further evaluations took."""
         for entry in self.entries[Split.SEARCH].values():
             self._count(entry)
+        for entry in ledger.later():
+            self._count_later(entry)
         self.front: Front = self._whole_front()
 
     def append_asks(self, candidates: Sequence[Candidate]) -> list[Ask]:
@@ -58,12 +62,21 @@ class History:
             self.front = extended(self.front, row, self._objectives)
         return entry
 
-    def append_proof(self, evaluation: Evaluation) -> Entry:
-        """Record an evaluation with exact donors of what was scored with compressed ones."""
-        entry = self._ledger.append_evaluation(evaluation, Split.SEARCH, proof=True)
-        self.proofs[entry.candidate_id] = entry
+    def append_later(self, evaluation: Evaluation, how: str) -> Entry:
+        """Record a further evaluation on the search split, which holds from now on; see Ledger.later.
+
+        Args:
+            evaluation: what to record.
+            how: it was evaluated this time.
+        """
+        entry = self._ledger.append_evaluation(evaluation, Split.SEARCH, again=how)
+        self._count_later(entry)
         self.front = self._whole_front()
         return entry
+
+    def latest(self, candidate_id: int) -> Entry:
+        """The evaluation on the search split that holds."""
+        return self.later.get(candidate_id) or self.entries[Split.SEARCH][candidate_id]
 
     def score(self, entry: Entry) -> Score:
         """The per-problem arrays of an evaluation."""
@@ -96,9 +109,17 @@ class History:
         return front_of(self._rows(self.entries[Split.SEARCH].values()), self._objectives)
 
     def _rows(self, entries: Iterable[Entry]) -> list[Row]:
-        return rows_of(entries, self.proofs, self.asks, self.entries[Split.HELD_OUT])
+        return rows_of(entries, self.later, self.asks, self.entries[Split.HELD_OUT])
 
     def _count(self, entry: Entry) -> None:
         self.spent["candidates"] += 1
+        self._count_cost(entry)
+
+    def _count_later(self, entry: Entry) -> None:
+        self.later[entry.candidate_id] = entry
+        self.spent_later += entry.n_tokens
+        self._count_cost(entry)
+
+    def _count_cost(self, entry: Entry) -> None:
         self.spent["tokens"] += entry.n_tokens
         self.spent["hours"] += entry.seconds / 3600.0

@@ -26,11 +26,13 @@ from fitness.types import Score, Split
 from search_spaces.genes import Genome, SearchSpace
 from search_spaces.recipe import Recipe
 
-FORMAT = 2
-"""1 is the same without partial evaluations."""
+FORMAT = 3
+"""1 is the same without partial evaluations, 2 without partial ones that go on."""
 FILE = "ledger.sqlite"
-PROOF = "search, exact donors"
-"""Stands for the search split in the rows that score a candidate again, exactly."""
+EXACT = "exact donors"
+"""How a candidate is evaluated again that was scored with compressed donors."""
+_AGAIN = f"{Split.SEARCH}, "
+"""Begins what stands for the search split in the rows that evaluate a candidate again."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -131,9 +133,14 @@ class Entry:
         return self.measured and not self.violations
 
     @property
+    def parked(self) -> bool:
+        """Whether the proxy put it off: it promised too little to be asked the other problems now."""
+        return self.status is Status.PARTIAL and "promise" in self.detail
+
+    @property
     def collapsed(self) -> bool:
         """Whether the proxy's screen found it dead."""
-        return self.status is Status.PARTIAL and self.detail["stopped_by"] is None
+        return self.status is Status.PARTIAL and self.detail["stopped_by"] is None and not self.parked
 
     @property
     def n_saved(self) -> int:
@@ -142,8 +149,9 @@ class Entry:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that it cost: generated, and read under teacher forcing."""
-        return int((self.summary or {}).get("n_generated", 0)) + int(self.detail.get("n_forced", 0))
+        """Tokens that it cost: generated, and read under teacher forcing; without those of an evaluation before."""
+        generated = int((self.summary or {}).get("n_generated", 0)) - int(self.detail.get("n_before", 0))
+        return generated + int(self.detail.get("n_forced", 0))
 
 
 class Ledger:
@@ -184,8 +192,8 @@ class Ledger:
             version = ledger.meta("format")
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{folder / FILE} is damaged: {error}") from error
-        if version not in (1, FORMAT):
-            raise LedgerError(f"{folder / FILE} has format {version}; this version reads formats 1 and {FORMAT}")
+        if version not in range(1, FORMAT + 1):
+            raise LedgerError(f"{folder / FILE} has format {version}; this version reads formats 1 to {FORMAT}")
         return ledger
 
     def close(self) -> None:
@@ -223,13 +231,13 @@ class Ledger:
             self._db.executemany("INSERT INTO asks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", numbered)
         return list(self._asks("seq >= ?", (first,)))
 
-    def append_evaluation(self, evaluation: Evaluation, split: Split, *, proof: bool = False) -> Entry:
+    def append_evaluation(self, evaluation: Evaluation, split: Split, *, again: str | None = None) -> Entry:
         """Record what became of a candidate, and return it as later readers will see it.
 
         Args:
             evaluation: what to record.
             split: on which it was.
-            proof: whether it was on the search split before, with compressed donors, and this is with exact ones.
+            again: how it is evaluated this time, if it was on the search split before; never twice the same way.
         """
         score = evaluation.score
         with self._db:
@@ -237,8 +245,8 @@ class Ledger:
             self._db.execute(
                 "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    seq, time.time(), evaluation.candidate_id, PROOF if proof else str(split), str(evaluation.status),
-                    evaluation.seconds,
+                    seq, time.time(), evaluation.candidate_id, f"{_AGAIN}{again}" if again else str(split),
+                    str(evaluation.status), evaluation.seconds,
                     None if evaluation.losses is None else json.dumps(evaluation.losses.tolist()),
                     json.dumps(evaluation.violations),
                     None if score is None else json.dumps(score.summary()),
@@ -263,9 +271,12 @@ class Ledger:
         """All evaluations on a split, in the order in which they were recorded."""
         return list(self._entries("split = ?", (str(split),)))
 
-    def proofs(self) -> dict[int, Entry]:
-        """Candidate id -> its evaluation with exact donors, for those that were first scored with compressed ones."""
-        return {entry.candidate_id: entry for entry in self._entries("split = ?", (PROOF,))}
+    def later(self) -> list[Entry]:
+        """All further evaluations on the search split, in the order in which they were recorded; the last one holds.
+
+        With exact donors, of what was scored with compressed ones; on more problems, of what had been parked.
+        """
+        return list(self._entries("split LIKE ?", (f"{_AGAIN}%",)))
 
     def score(self, entry: Entry) -> Score:
         """The per-problem arrays of an evaluation; of a partial one, on the problems that were asked, in order."""
@@ -280,6 +291,7 @@ class Ledger:
             verdicts=np.frombuffer(row[0], np.uint8).reshape(shape),
             n_tokens=np.frombuffer(row[1], "<i4").astype(np.int32).reshape(shape),
             n_think_tokens=np.frombuffer(row[2], "<i4").astype(np.int32).reshape(shape),
+            orderliness={name: np.array(values) for name, values in entry.detail.get("orderliness", {}).items()},
         )
 
     def last_seq(self) -> int:
@@ -307,7 +319,7 @@ class Ledger:
             seq, when, candidate, split, status, seconds, losses, violations, summary, detail = row
             yield Entry(
                 seq=seq, time=when, candidate_id=candidate,
-                split=Split.SEARCH if split == PROOF else Split(split), status=Status(status),
+                split=Split.SEARCH if split.startswith(_AGAIN) else Split(split), status=Status(status),
                 seconds=seconds, losses=None if losses is None else tuple(json.loads(losses)),
                 violations=json.loads(violations), summary=None if summary is None else json.loads(summary),
                 detail=json.loads(detail),

@@ -14,13 +14,15 @@ import numpy as np
 
 from evo.assemble import build_optimizer, build_worker, first_candidates, recipe_sources, search_problem
 from evo.config import Config
+from evo.constraints import violations
 from evo.history import History
-from evo.ledger import Ask, Entry
+from evo.ledger import EXACT, Ask, Entry
 from evo.optimizers import Optimizer, Outcome, Start
 from evo.proxy import Proxy
 from evo.run_folder import stop_requested
 from evo.types import Candidate, Evaluation, Origin, Status
 from evo.worker import Worker
+from fitness.proxy.trial import Answered
 from fitness.types import Split, Task
 from search_spaces.genes import Genome, SearchSpace
 
@@ -68,18 +70,23 @@ class Loop:
         self._n_first = 0  # parents and baselines, which no optimizer proposed
 
     def search(self) -> None:
-        """Parents and baselines first, then generations until the budget is spent."""
+        """Parents and baselines first, then generations until the budget is spent, then what still promises more."""
         self._score_first()
         self._prove()
-        if self._must_end():
-            return  # the optimizer's scale needs every parent
+        if not self._must_end():  # the optimizer's scale needs every parent
+            self._propose()
+        self._go_on(at_the_end=True)
+
+    def _propose(self) -> None:
         optimizer, generation = self._replay()
+        self._go_on()
         while not self._must_end():
             genomes = optimizer.ask(optimizer.batch_size)
             if not genomes:
                 return
             generation += 1
             self._evaluate_batch(optimizer, self._record(genomes, generation))
+            self._go_on()
 
     def score_held_out(self, *, every: bool = False) -> None:
         """Evaluate the front, the parents and the baselines (or every candidate) on the held-out split, once each."""
@@ -132,8 +139,19 @@ class Loop:
         """Score again, with exact donors, what would be a member of the front by scores with compressed ones."""
         while self._history.front.unproven and not stop_requested(self._folder):
             ask = self._history.front.unproven[0].ask
-            evaluation = self._evaluate(ask, Split.SEARCH, exact=True)
-            self._history.append_proof(replace(evaluation, violations=self._violations(ask, evaluation)))
+            self._record_later(ask, self._evaluate(ask, Split.SEARCH, exact=True), EXACT)
+
+    def _go_on(self, *, at_the_end: bool = False) -> None:
+        """Ask parked candidates the problems that are left, the most promising first, while one promises enough.
+
+        While the search goes on they get a share of its tokens; at its end, what it takes. The optimizer is not told
+        again: it has moved on, and pycma and Optuna take one value for a proposal.
+        """
+        while not stop_requested(self._folder) and (id := self._proxy.next_parked(at_the_end=at_the_end)) is not None:
+            ask, before = self._history.asks[id], self._proxy.answered(id)
+            evaluation = self._evaluate(ask, Split.SEARCH, before=before)
+            self._record_later(ask, evaluation, f"from problem {len(before.problems) + 1}")
+            self._prove()
 
     def _tell(self, optimizer: Optimizer, entry: Entry) -> None:
         optimizer.tell(entry.candidate_id - self._n_first, _outcome(entry))
@@ -154,35 +172,30 @@ class Loop:
 
     def _record_evaluation(self, ask: Ask, evaluation: Evaluation, split: Split) -> Entry:
         if split is Split.SEARCH:
-            evaluation = replace(evaluation, violations=self._violations(ask, evaluation))
-        entry = self._history.append_evaluation(evaluation, split)
+            evaluation = self._constrained(ask, evaluation)
+        return self._shown(ask, self._history.append_evaluation(evaluation, split))
+
+    def _record_later(self, ask: Ask, evaluation: Evaluation, how: str) -> Entry:
+        return self._shown(ask, self._history.append_later(self._constrained(ask, evaluation), how))
+
+    def _shown(self, ask: Ask, entry: Entry) -> Entry:
         if self._watch is not None:
             self._watch(Progress(entry, ask, self._history))
         return entry
 
-    def _violations(self, ask: Ask, evaluation: Evaluation) -> dict[str, float]:
-        """By how much each constraint is violated; parents define the floor, so it is not asked of them."""
-        if evaluation.status is Status.PARTIAL:  # a stopped candidate is measured by its member alone
-            return {"collapsed": 1.0} if evaluation.detail["stopped_by"] is None else {}
-        if evaluation.score is None:
-            return {}
-        constraints = self._config.constraints
-        found = {"truncated": evaluation.score.truncated - constraints.max_truncated}
-        if ask.origin is not Origin.PARENT:
-            summaries = [row.search.summary or {} for row in self._history.front.parents]
-            worst = min(summaries, key=lambda summary: float(summary["accuracy"]))
-            floor = worst["accuracy"] - constraints.accuracy_floor_stderrs * worst["accuracy_stderr"]
-            found["accuracy"] = floor - evaluation.score.accuracy
-        return {name: amount for name, amount in found.items() if amount > 0}
+    def _constrained(self, ask: Ask, evaluation: Evaluation) -> Evaluation:
+        config, parents = self._config, self._history.front.parents
+        found = violations(evaluation, ask.origin, config.objectives, config.constraints, parents)
+        return replace(evaluation, violations=found)
 
-    def _evaluate(self, ask: Ask, split: Split, *, exact: bool = False) -> Evaluation:
+    def _evaluate(self, ask: Ask, split: Split, *, exact: bool = False, before: Answered | None = None) -> Evaluation:
         if self._worker is None:  # loading a model takes long, and a finished run needs none
             self._worker = build_worker(self._config, self._task, self._history.batch_size)
         recipe = ask.recipe_in(lambda: self._space)
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         searched = ask.origin is Origin.SEARCH and split is Split.SEARCH and not exact
         compressed = searched and self._config.memory.deltas != "exact"
-        trial = self._proxy.trial() if searched and self._config.proxy.enabled else None
+        trial = self._proxy.trial(before) if searched and self._config.proxy.enabled else None
         evaluation = self._worker.evaluate(candidate, split, compressed=compressed, trial=trial)
         self._history.keep_batch_size(self._worker.batch_size)
         self._history.keep_caveat(self._worker.caveat)

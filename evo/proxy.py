@@ -13,19 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evo.config import Config
+from evo.constraints import accuracy_floor
 from evo.front import Row
 from evo.history import History
+from evo.ledger import Entry
 from evo.types import Origin
 from fitness.objectives import per_problem, worst
 from fitness.proxy import ESTIMATORS
 from fitness.proxy.order import choose
+from fitness.proxy.promise import Promise
 from fitness.proxy.racing import Race
 from fitness.proxy.screen import Screen, Trace
-from fitness.proxy.trial import Estimator, Trial
+from fitness.proxy.trial import Answered, Estimator, Trial
 from fitness.types import Split, Task, Verdict
 
 FIRST = 16
 """Problems before the first look, where none are chosen."""
+SHARE = 0.2
+"""Of a search's tokens, that parked candidates may take before its end. A front to look at meanwhile is worth that;
+more would be lost on candidates that later ones beat (experiments/proxy)."""
 
 
 class Proxy:
@@ -40,10 +46,15 @@ class Proxy:
     def __init__(self, config: Config, history: History, task: Task) -> None:
         self._config, self._history, self._task = config, history, task
         self._losses: dict[int, NDArray[np.float64]] = {}
+        self._estimates: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}  # by number of the entry
 
-    def trial(self) -> Trial:
-        """The rules for a candidate that is evaluated now."""
-        members = self._history.front.members
+    def trial(self, before: Answered | None = None) -> Trial:
+        """The rules for a candidate that is evaluated now.
+
+        Args:
+            before: what it has answered, if it was parked and goes on; a new one is parked after the first look.
+        """
+        members, gain = self._history.front.members, self._config.proxy.gain
         return Trial(
             objectives=self._config.objectives,
             race=self._race,
@@ -54,7 +65,51 @@ class Proxy:
             members=np.array([self._losses_of(row) for row in members]),
             worst=worst(self._config.objectives, self._config.engine.max_tokens),
             first=self._config.proxy.chosen or FIRST,
+            promise=self._promise,
+            enough=gain if before or not gain else np.inf,
+            before=before,
         )
+
+    def next_parked(self, *, at_the_end: bool = False) -> int | None:
+        """Id of the parked candidate that promises most, if it promises enough to be asked more.
+
+        Args:
+            at_the_end: whether the search proposes nothing more; before that, parked ones wait for their share.
+        """
+        history = self._history
+        if not at_the_end and history.spent_later >= SHARE * history.spent["tokens"]:
+            return None
+        parked = [entry for id in history.entries[Split.SEARCH] if (entry := history.latest(id)).parked]
+        if not parked:
+            return None
+        mean, deviation = (np.array(column) for column in zip(*map(self._estimate, parked), strict=True))
+        promised = self._promise.of(mean, deviation)
+        best = int(promised.argmax())
+        return parked[best].candidate_id if promised[best] >= self._config.proxy.gain > 0 else None
+
+    def answered(self, candidate_id: int) -> Answered:
+        """What a parked candidate has answered."""
+        entry = self._history.latest(candidate_id)
+        return Answered(self._history.score(entry), np.array(entry.detail["problems"]))
+
+    @property
+    def _promise(self) -> Promise:
+        front, objectives = self._history.front, self._config.objectives
+        assert front.scale is not None, "parents come before any candidate"
+        limits = np.full(len(objectives), np.inf)
+        if "error" in objectives:
+            limits[objectives.index("error")] = 1.0 - accuracy_floor(self._config.constraints, front.parents)
+        losses = np.array([row.losses for row in front.members]).reshape(-1, len(objectives))
+        return Promise(losses, front.scale.reference, limits)
+
+    def _estimate(self, entry: Entry) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of a parked candidate: losses over the split, and their standard errors."""
+        if entry.seq not in self._estimates:
+            seen = per_problem(self._history.score(entry), self._config.objectives)
+            problems = np.array(entry.detail["problems"])
+            estimator = self._estimator
+            self._estimates[entry.seq] = estimator.estimate(problems, seen), estimator.deviation(problems, seen)
+        return self._estimates[entry.seq]
 
     @cached_property
     def _references(self) -> list[Row]:

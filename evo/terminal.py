@@ -135,10 +135,11 @@ def print_ending(front: Front, search: Search) -> None:
 
 def _proxy_line(stopped: Sequence[Entry], history: History) -> str:
     n_saved, n_collapsed = sum(entry.n_saved for entry in stopped), sum(entry.collapsed for entry in stopped)
+    n_parked = sum(entry.parked for entry in stopped)
     share = n_saved / (n_saved + history.spent["tokens"])
     return (
-        f"proxy {len(stopped) - n_collapsed} stopped in the race, {n_collapsed} collapsed; "
-        f"about {n_saved:,} tokens ({share:.0%}) saved"
+        f"proxy {n_parked} parked, {len(stopped) - n_collapsed - n_parked} stopped in the race, "
+        f"{n_collapsed} collapsed; about {n_saved:,} tokens ({share:.0%}) saved"
     )
 
 
@@ -146,7 +147,7 @@ def print_status(folder: Path) -> None:
     """The state of a run, read from its ledger without disturbing it."""
     with closing(Ledger.open(folder, read_only=True)) as ledger:
         history, versions, caveat = History(ledger), ledger.meta("versions"), ledger.meta("caveat")
-    front, searched = history.front, history.entries[Split.SEARCH].values()
+    front, searched = history.front, [history.latest(id) for id in history.entries[Split.SEARCH]]
     state = f"running ({holder(folder)})" if is_held(folder) else ("finished" if history.exhausted else "stopped")
     n_failed = sum(entry.status is Status.FAILED for entry in searched)
     n_infeasible = sum(bool(entry.violations) for entry in searched)

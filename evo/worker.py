@@ -31,9 +31,10 @@ class _Answers:
 
     score: Score | None
     """None if it was asked nothing."""
-    completions: list[list[Completion]]
+    written: list[tuple[int, list[Completion]]]
+    """Positions of the problems asked this time, and what was written."""
     asked: NDArray[np.int64]
-    """Positions of the problems asked, in the order of score and completions."""
+    """Positions of all problems asked so far, in the order of the score."""
     stop: Stop | None
     n_forced: int
 
@@ -112,9 +113,10 @@ class Worker:
             "n_written": report.n_written,
             "n_skipped": report.n_skipped,
             "n_compiled": report.n_compiled,
-            "samples": self._samples([problems[i] for i in answers.asked], answers.completions),
+            "samples": self._samples([(problems[i], completions) for i, completions in answers.written]),
             **({"delta_errors": dict(report.delta_errors)} if compressed else {}),
             **({"n_forced": answers.n_forced} if answers.n_forced else {}),
+            **({"n_before": trial.before.score.n_generated} if trial and trial.before else {}),
         }
         seconds, score, stop = time.perf_counter() - start, answers.score, answers.stop
         if stop is None:
@@ -123,6 +125,9 @@ class Worker:
             return Evaluation(candidate.id, Status.DONE, seconds, found, score=score, detail=detail)
         detail |= {"reason": stop.reason, "stopped_by": stop.member}
         detail |= {"problems": answers.asked.tolist(), "n_saved": self._saved(answers, stop, len(problems))}
+        if stop.promise is not None and score is not None:  # kept for when it goes on
+            orderliness = {name: values.round(4).tolist() for name, values in score.orderliness.items()}
+            detail |= {"promise": stop.promise, "orderliness": orderliness}
         return Evaluation(candidate.id, Status.PARTIAL, seconds, stop.losses, score=score, detail=detail)
 
     def _saved(self, answers: _Answers, stop: Stop, n_problems: int) -> int:
@@ -135,32 +140,33 @@ class Worker:
 
     def _ask(self, problems: Sequence[Problem], trial: Trial | None, max_tokens: int | None) -> _Answers:
         """Block after block; a model that answers everything has its answers in the split's own order."""
-        reason, n_forced = trial.screen.unlikely(self._engine) if trial else (None, 0)
-        nothing = np.zeros(0, np.int64)
+        before = trial.before if trial else None
+        parts = [before.score] if before else []
+        asked = before.problems if before else np.zeros(0, np.int64)
+        if trial and before and (stop := trial.judge(before.score, asked)):
+            return _Answers(before.score, [], asked, stop, 0)  # the front has moved since
+        reason, n_forced = trial.screen.unlikely(self._engine) if trial and not before else (None, 0)
         if trial and reason:
-            return _Answers(None, [], nothing, Stop(f"collapsed: {reason}", trial.worst), n_forced)
+            return _Answers(None, [], asked, Stop(f"collapsed: {reason}", trial.worst), n_forced)
         evaluator = replace(self._evaluator, max_tokens=max_tokens) if max_tokens else self._evaluator
-        parts: list[Score] = []
-        completions: list[list[Completion]] = []
-        asked, stop = nothing, None
+        written: list[tuple[int, list[Completion]]] = []
         for block in trial.blocks() if trial else [np.arange(len(problems))]:
-            score, written = evaluator.evaluate([problems[i] for i in block])
+            score, completions = evaluator.evaluate([problems[i] for i in block])
             parts.append(score)
-            completions += written
+            written += zip(block.tolist(), completions, strict=True)
             asked = np.concatenate([asked, block])
             if trial and (stop := trial.judge(joined(parts), asked)):
-                return _Answers(joined(parts), completions, asked, stop, n_forced)
+                return _Answers(joined(parts), written, asked, stop, n_forced)
         order = np.argsort(asked)
-        return _Answers(joined(parts).take(order), [completions[i] for i in order], asked[order], None, n_forced)
+        written.sort(key=lambda pair: pair[0])
+        return _Answers(joined(parts).take(order), written, asked[order], None, n_forced)
 
     def _problems_of(self, split: Split) -> list[Problem]:
         if split not in self._problems:
             self._problems[split] = self._task.problems(split)
         return self._problems[split]
 
-    def _samples(
-        self, problems: Sequence[Problem], completions: Sequence[Sequence[Completion]]
-    ) -> list[dict[str, Any]]:
+    def _samples(self, written: Sequence[tuple[Problem, Sequence[Completion]]]) -> list[dict[str, Any]]:
         return [
             {
                 "question": problem.question,
@@ -169,5 +175,5 @@ class Worker:
                 "n_tokens": completion.n_tokens,
                 "verdict": self._task.grade(problem, completion).name.lower(),
             }
-            for problem, (completion, *_) in zip(problems[:N_SAMPLES], completions, strict=False)
+            for problem, (completion, *_) in written[:N_SAMPLES]
         ]

@@ -136,7 +136,7 @@ class Score:
     n_think_tokens: NDArray[np.int32]
     """Shape (P, S)."""
     orderliness: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Figure -> (P, S); see fitness.orderliness. Summarised, and not kept by the ledger beyond that."""
+    """Figure -> (P, S); see fitness.orderliness. Summarised; the ledger keeps more of parked candidates alone."""
 
     @property
     def n_problems(self) -> int:

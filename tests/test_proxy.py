@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evo.pareto import Scale
 from fitness.objectives import losses, per_problem
 from fitness.proxy import ESTIMATORS
 from fitness.proxy.betting import BETS, evidence
 from fitness.proxy.irt import ItemResponse
-from fitness.proxy.kriging import NUGGET, Kriging, informative
+from fitness.proxy.kriging import NUGGET, UNDERSTATED, Kriging, informative
 from fitness.proxy.order import Order, choose
+from fitness.proxy.promise import Promise
 from fitness.proxy.racing import Race, looks
 from fitness.proxy.screen import Screen, Trace
-from fitness.proxy.trial import Trial, joined
+from fitness.proxy.trial import Answered, Trial, joined
 from fitness.types import Likelihood, Score, Verdict
 
 RNG = np.random.default_rng(0)
@@ -146,9 +148,9 @@ def test_random_candidates_that_beat_every_member_are_rarely_stopped():
 
 
 def test_looks_grow_and_end_with_the_split():
-    assert looks(16, 100) == [16, 24, 36, 54, 81, 100]
+    assert looks(16, 100) == [16, 32, 64, 100]
     assert looks(16, 10) == [10]
-    assert looks(1, 4) == [1, 2, 3, 4]
+    assert looks(1, 4) == [1, 2, 4]
 
 
 # -- chosen problems and estimates ------------------------------------------------------------------------------
@@ -178,6 +180,33 @@ def test_estimators_know_what_they_have_seen(name):
     error, tokens = estimator.estimate(some, child[some])
     assert abs(error - child[:, 0].mean()) < 0.15
     assert tokens == pytest.approx(child[:, 1].mean(), rel=0.1)
+
+
+def test_the_deviation_of_kriging_is_that_of_a_gaussian_whose_scale_the_candidate_sets():
+    """Against the textbook formula over all problems: conditional covariance, summed; the scale by likelihood."""
+    found = references(n_problems=12)
+    seen = np.array([3, 7, 1])
+    observed = RNG.random((3, 2)) * [1, 30]
+    for m, deviation in enumerate(Kriging(found).deviation(seen, observed)):
+        x = found[:, :, m]
+        k = np.cov(x.T)
+        k += NUGGET * np.trace(k) / 12 * np.eye(12)
+        inverse, away = np.linalg.inv(k[np.ix_(seen, seen)]), observed[:, m] - x.mean(0)[seen]
+        left = k - k[:, seen] @ inverse @ k[seen]
+        expected = np.sqrt(left.sum() / 144 * (away @ inverse @ away) / 3)
+        assert deviation == pytest.approx(UNDERSTATED * expected, rel=1e-6)
+
+
+def test_deviations_vanish_with_every_problem_seen_and_cover_what_is_true():
+    everyone = references(26, 200, seed=5)
+    found, children = everyone[::6], everyone[np.arange(26) % 6 > 0]
+    for name in ESTIMATORS:
+        estimator = pkgutil.resolve_name(ESTIMATORS[name])(found, 2, ("error", "tokens"))
+        assert estimator.deviation(np.arange(200), children[3]) == pytest.approx(0.0, abs=1e-6)
+        some = choose(found, 16, 0).problems[:40]
+        off = [abs(estimator.estimate(some, c[some]) - c.mean(axis=0)) for c in children]
+        said = [estimator.deviation(some, c[some]) for c in children]
+        assert (np.array(off) < 2 * np.array(said) + 1e-9).mean(axis=0).min() > 0.8, name
 
 
 def test_item_response_recovers_ability_on_data_of_its_own_model():
@@ -293,13 +322,14 @@ def test_likelihood_of_the_parents_answers(nats, dead):
     assert (reason is not None) == dead and n_forced == 20
 
 
-def trial(member, *, racing=True, screen=0, first=8, tolerance=0.01):
+def trial(member, *, racing=True, screen=0, first=8, tolerance=0.01, enough=0.0, before=None):
     n = len(member)
     order = Order(np.arange(n)[::-1].copy(), 0, np.ones(n))
     race = Race(order, np.array([tolerance, tolerance * 100]), np.zeros((n, 2)), 0.1)
+    promise = Promise(member.mean(axis=0)[None], np.array([1.0, 128.0]), np.full(2, np.inf))
     return Trial(
         ("error", "tokens"), race, racing, Screen(screen, np.ones(n, bool)), Kriging(references(5, n)), (7,),
-        member[None], np.array([1.0, 128.0]), first,
+        member[None], np.array([1.0, 128.0]), first, promise, enough, before,
     )  # fmt: skip
 
 
@@ -332,6 +362,63 @@ def test_a_candidate_that_has_answered_everything_is_not_stopped():
     member = np.stack([np.zeros(64), np.full(64, 30.0)], axis=1)
     assert run(trial(member), [OK] * 64, [25] * 64) == (None, 64)
     assert run(trial(member, first=64), [Verdict.WRONG] * 64, [90] * 64) == (None, 64)
+
+
+def test_all_are_parked_at_the_first_look_where_nothing_is_enough():
+    member = np.stack([np.arange(64) % 2, np.full(64, 30.0)], axis=1).astype(float)
+    rules = trial(member, enough=np.inf)
+    stop, n = run(rules, [OK] * 64, [25] * 64)
+    seen = np.stack([np.zeros(8), np.full(8, 25.0)], axis=1)
+    assert n == 8 and stop.member is None and stop.promise > 0.1
+    assert stop.losses == pytest.approx(rules.estimator.estimate(rules.race.order.problems[:8], seen))
+
+
+def test_a_parked_candidate_goes_on_from_where_it_was_and_only_while_it_promises():
+    member = np.stack([np.arange(64) % 2, np.full(64, 30.0)], axis=1).astype(float)
+    asked = np.arange(64)[::-1][:8]
+    for verdict, tokens, ends in (
+        (OK, 25, 64),
+        (Verdict.WRONG, 31, 16),
+    ):  # as it began, or failing
+        before = Answered(score([OK] * 8, [25] * 8), asked)
+        rules = trial(member, enough=0.01, before=before, racing=False)
+        blocks = rules.blocks()
+        assert np.concatenate([asked, *blocks]).tolist() == rules.race.order.problems.tolist() and len(blocks[0]) == 8
+        parts, n, stop = [before.score], 8, None
+        for block in blocks:
+            parts.append(score([verdict] * len(block), [tokens] * len(block)))
+            n += len(block)
+            if stop := rules.judge(joined(parts), rules.race.order.problems[:n]):
+                break
+        assert n == ends and (stop is None) == (ends == 64)
+        assert stop is None or stop.promise < 0.01
+
+
+# -- what a candidate promises ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_objectives", [1, 2, 3])
+def test_a_promise_is_the_mean_gain_of_hypervolume_of_many_draws(n_objectives):
+    """By Monte Carlo, with moocore's hypervolume."""
+    rng, box = np.random.default_rng(n_objectives), np.array([1.0, 90.0, 5.0])[:n_objectives]
+    scale, limits = Scale(np.zeros(n_objectives), box), np.array([0.7, np.inf, np.inf])[:n_objectives]
+    front = (rng.random((6, n_objectives)) * 0.6 + 0.3) * box
+    mean, deviation = rng.random((5, n_objectives)) * 0.6 * box, rng.random((5, n_objectives)) * 0.1 * box
+    already = scale.hypervolume(front)
+    for found, m, d in zip(Promise(front, box, limits).of(mean, deviation), mean, deviation, strict=True):
+        draws = m + d * rng.normal(size=(4000, n_objectives))
+        gains = [scale.hypervolume([*front, np.maximum(draw, 0)]) - already for draw in draws]
+        feasible = (draws <= limits).all(axis=1).mean()
+        error = np.std(gains) / np.sqrt(len(gains)) + 0.01 * np.mean(gains)
+        assert found == pytest.approx(np.mean(gains) * feasible, abs=4 * error + 1e-9)
+
+
+def test_what_is_certain_gains_what_it_covers_alone():
+    front, box = np.array([[0.5, 40.0], [0.2, 80.0]]), np.array([1.0, 100.0])
+    points = np.array([[0.1, 60.0], [0.6, 50.0], [0.5, 40.0], [0.9, 10.0]])
+    found = Promise(front, box, np.full(2, np.inf)).of(points, np.zeros((4, 2)))
+    assert found == pytest.approx([0.4 * 0.2 + 0.1 * 0.2, 0.0, 0.0, 0.1 * 0.3])
+    assert Promise(np.zeros((0, 2)), box, np.full(2, np.inf)).of(points[:1], np.zeros((1, 2))) == pytest.approx([0.36])
 
 
 def test_the_parts_can_be_switched_off():

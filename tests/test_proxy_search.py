@@ -25,7 +25,7 @@ EAGER = "options: {experts_implementation: eager}"
 
 def write_config(folder, *, proxy=None, optimizer="{kind: random}", candidates=13):
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"enabled": True, "chosen": 8, "screen": 0, "tolerance": TOLERANCE, **(proxy or {})}
+    settings = {"enabled": True, "chosen": 8, "screen": 0, "tolerance": TOLERANCE, "gain": 0, **(proxy or {})}
     (folder / "search.yaml").write_text(f"""\
 parents: {{reasoner: {CHIMERA}/reasoner, concise: {CHIMERA}/concise}}
 base: {CHIMERA}/base

@@ -442,7 +442,10 @@ def test_what_was_searched_with_compressed_donors_is_scored_again_exactly(tmp_pa
     assert all(min(row.search.detail["delta_errors"].values()) > 0.01 for row in searched)
     front = search.run()  # the budget is spent: what is left to do is to prove
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
-        told, proofs = {e.candidate_id: e for e in ledger.entries(Split.SEARCH)}, ledger.proofs()
+        told, proofs = (
+            {e.candidate_id: e for e in ledger.entries(Split.SEARCH)},
+            {e.candidate_id: e for e in ledger.later()},
+        )
     assert not front.unproven and proofs and all(row.search.exact for row in front.members)
     assert {row.ask.id for row in front.evaluated if row.ask.origin is Origin.SEARCH} == {r.ask.id for r in searched}
     config = load_config(write_config(tmp_path / "exact"))

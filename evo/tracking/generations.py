@@ -7,7 +7,7 @@ Knows nothing of MLflow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from evo.config import Budget
@@ -45,8 +45,8 @@ class Record:
     """Candidate id -> its evaluation on the held-out split."""
     objectives: tuple[str, ...]
     budget: Budget
-    proofs: dict[int, Entry] = field(default_factory=dict)
-    """Candidate id -> its evaluation with exact donors, where the one above was with compressed ones."""
+    later: tuple[Entry, ...] = ()
+    """Further evaluations on the search split, in order; the last one of a candidate holds."""
 
     @classmethod
     def read(cls, ledger: Ledger) -> Record:
@@ -54,13 +54,13 @@ class Record:
         held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
         entries = tuple(ledger.entries(Split.SEARCH))
         objectives, budget = tuple(ledger.meta("config")["objectives"]), Budget.model_validate(ledger.meta("budget"))
-        proofs = ledger.proofs()
-        return cls(tuple(ledger.asks()), entries, held_out, objectives, budget, proofs)
+        later = tuple(ledger.later())
+        return cls(tuple(ledger.asks()), entries, held_out, objectives, budget, later)
 
     @cached_property
     def spent(self) -> dict[str, float]:
         """What the search has used of its budget."""
-        return _spent(self.entries)
+        return _spent(self.entries, self.later)
 
     @property
     def finished(self) -> bool:
@@ -73,40 +73,58 @@ class Record:
     @cached_property
     def front(self) -> Front:
         """The front as it is now."""
-        return front_of(self.rows(self.entries), self.objectives)
+        return front_of(self._rows(self.entries, self.later), self.objectives)
+
+    @cached_property
+    def latest(self) -> tuple[Entry, ...]:
+        """The evaluation of each candidate that holds."""
+        last = {entry.candidate_id: entry for entry in self.later}
+        return tuple(last.get(entry.candidate_id, entry) for entry in self.entries)
 
     @cached_property
     def last_time(self) -> float:
         """When the last thing happened, in seconds since 1970; 0 for never."""
-        events = [*(ask.time for ask in self.asks[-1:]), *(entry.time for entry in self.entries[-1:])]
+        ends = (self.entries[-1:], self.later[-1:])
+        events = [*(ask.time for ask in self.asks[-1:]), *(entry.time for end in ends for entry in end)]
         return max([*events, *(entry.time for entry in self.held_out.values())], default=0.0)
 
-    def rows(self, entries: Sequence[Entry]) -> list[Row]:
-        """Those of some evaluations that gave scores."""
-        return rows_of(entries, self.proofs, self.asks, self.held_out)
+    def generations(self, *, running: bool = False) -> Iterator[Generation]:
+        """Every complete generation, in order, and an incomplete last one if the search has ended with it.
 
-    def generations(self) -> Iterator[Generation]:
-        """Every complete generation, in order, and an incomplete last one if the search has ended with it."""
-        n_asked: dict[int, int] = {}
+        What happens before the next one is asked for belongs to it, so one with parked candidates ends then.
+
+        Args:
+            running: whether the search is at work, and more may happen in its last generation.
+        """
+        asked: dict[int, list[Ask]] = {}
         for ask in self.asks:
-            n_asked[ask.generation] = n_asked.get(ask.generation, 0) + 1
-        batches: dict[int, list[Entry]] = {index: [] for index in n_asked}
+            asked.setdefault(ask.generation, []).append(ask)
+        batches: dict[int, list[Entry]] = {index: [] for index in asked}
         for entry in self.entries:
             batches[self.asks[entry.candidate_id].generation].append(entry)
-        evaluated: list[Row] = []
+        evaluated: dict[int, Row] = {}
         kept: tuple[Row, ...] = ()  # all that the next front can depend on
-        spent = _spent(())
+        spent, done, parked = _spent((), ()), 0, False
         for index, batch in batches.items():
-            complete = len(batch) == n_asked[index]
-            if not batch or not (complete or self.finished):
+            complete, following = len(batch) == len(asked[index]), asked.get(index + 1)
+            parked |= any(entry.parked for entry in batch)
+            closed = complete and (following or not parked)
+            if not batch or not (closed or (self.finished and not running)):
                 return
-            rows = self.rows(batch)
-            evaluated += rows
-            spent = {key: value + spent[key] for key, value in _spent(batch).items()}
+            later = [e for e in self.later[done:] if not following or e.seq < following[0].seq]
+            done += len(later)
+            again = [entry for entry in self.entries if entry.candidate_id in {e.candidate_id for e in later}]
+            rows = self._rows([*batch, *again], later)
+            evaluated |= {row.ask.id: row for row in rows}
+            spent = {key: value + spent[key] for key, value in _spent(batch, later).items()}
             front = front_of(list({row.ask.id: row for row in (*kept, *rows)}.values()), self.objectives)
             kept = (*front.parents, *front.baselines, *front.members)
-            whole = replace(front, evaluated=tuple(evaluated))
-            yield Generation(index, batch[-1].time, complete, whole, _metrics(front, batch, spent))
+            whole = replace(front, evaluated=tuple(row for _, row in sorted(evaluated.items())))
+            last = max(entry.time for entry in (*batch, *later))
+            yield Generation(index, last, complete, whole, _metrics(front, batch, spent))
+
+    def _rows(self, entries: Sequence[Entry], later: Sequence[Entry]) -> list[Row]:
+        return rows_of(entries, {entry.candidate_id: entry for entry in later}, self.asks, self.held_out)
 
 
 def _metrics(front: Front, batch: Sequence[Entry], spent: dict[str, float]) -> dict[str, float]:
@@ -144,8 +162,9 @@ def _of_batch(batch: Sequence[Entry]) -> dict[str, float]:
         "gen/failed": float(sum(entry.status is Status.FAILED for entry in batch)),
     }
     if stopped := [entry for entry in batch if entry.status is Status.PARTIAL]:
-        n_collapsed = sum(entry.collapsed for entry in stopped)
-        found["proxy/collapsed"], found["proxy/stopped"] = float(n_collapsed), float(len(stopped) - n_collapsed)
+        kinds = {"collapsed": [e.collapsed for e in stopped], "parked": [e.parked for e in stopped]}
+        found |= {f"proxy/{kind}": float(sum(are)) for kind, are in kinds.items()}
+        found["proxy/stopped"] = len(stopped) - found["proxy/collapsed"] - found["proxy/parked"]
         found["proxy/tokens_saved"] = float(sum(entry.n_saved for entry in stopped))
     if measured:
         found["gen/accuracy_mean"] = sum(s["accuracy"] for s in measured) / len(measured)
@@ -167,9 +186,9 @@ def _pace(batch: Sequence[Entry]) -> dict[str, float]:
     return {**found, "time/candidates_per_hour": 3600.0 * len(batch) / total} if total else found
 
 
-def _spent(entries: Sequence[Entry]) -> dict[str, float]:
+def _spent(entries: Sequence[Entry], later: Sequence[Entry]) -> dict[str, float]:
     return {
         "candidates": float(len(entries)),
-        "tokens": float(sum(entry.n_tokens for entry in entries)),
-        "hours": sum(entry.seconds for entry in entries) / 3600.0,
+        "tokens": float(sum(entry.n_tokens for entry in (*entries, *later))),
+        "hours": sum(entry.seconds for entry in (*entries, *later)) / 3600.0,
     }

@@ -23,9 +23,9 @@ def overview(record: Record, config: Config, folder: Path, state: str) -> str:
         folder: of the run, for the commands.
         state: "running", "finished" or "stopped".
     """
-    front, failed = record.front, sum(entry.status is Status.FAILED for entry in record.entries)
-    infeasible = sum(bool(entry.violations) for entry in record.entries)
-    n_stopped = sum(entry.status is Status.PARTIAL for entry in record.entries)
+    front, failed = record.front, sum(entry.status is Status.FAILED for entry in record.latest)
+    infeasible = sum(bool(entry.violations) for entry in record.latest)
+    n_stopped = sum(entry.status is Status.PARTIAL for entry in record.latest)
     stopped = f", {n_stopped} stopped early" if n_stopped else ""
     n_genes = next((f", {len(ask.genome)} genes" for ask in record.asks if ask.genome is not None), "")
     asked = max((ask.generation for ask in record.asks), default=0)

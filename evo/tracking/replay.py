@@ -132,7 +132,7 @@ class Replay:
         if offset is None or (offset.target, offset.experiment_id, offset.run_id) != place:
             offset = Offset(*place)
         n = 0
-        for n, generation in enumerate(record.generations(), start=1):
+        for n, generation in enumerate(record.generations(running=running), start=1):
             if generation.complete and n <= offset.n_generations:
                 continue
             store.log_generation(generation)

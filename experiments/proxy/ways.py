@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from recording import OBJECTIVES, Floats, Pool
+from replay import Replay, State
 
 from evo.pareto import nondominated
 from fitness.proxy.irt import ItemResponse
 from fitness.proxy.kriging import Kriging
 from fitness.proxy.order import choose
-from fitness.proxy.racing import Race, looks
 
 
 @dataclass(frozen=True)
@@ -46,39 +45,38 @@ def clock(pool: Pool) -> Callable[[Floats], float]:
 
 
 def proxied(
-    pool: Pool, references: Floats, box: Floats, seed: int, *, chosen: int, tolerance: float, alpha: float
+    pool: Pool,
+    references: Floats,
+    box: Floats,
+    seed: int,
+    *,
+    chosen: int,
+    tolerance: float,
+    alpha: float,
+    gain: float,
+    share: float,
 ) -> Outcome:
-    """Chosen problems and the race; see fitness.proxy."""
-    n = references.shape[1]
-    order = choose(references, chosen, seed)
-    floor = np.stack([np.zeros(n), references[:, :, 1].min(axis=0)], axis=1)
-    race, estimator = Race(order, tolerance * box, floor, alpha), Kriging(references)
-    ends, seconds = looks(chosen or 16, n), clock(pool)
-    members = _front(references)
-    tokens, estimates, spent, n_full, n_false = [], [], 0.0, 0, 0
-    decide = 0.0
-    for losses in pool.losses:
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            asked = order.problems[:end]
-            spent += seconds(losses[order.problems[start:end], 1])
-            if end == n:
-                members, n_full = _front(np.concatenate([members, losses[None]])), n_full + 1
-                break
-            before = time.perf_counter()
-            beaten = race.beaten_by(losses[asked], members)
-            estimate = estimator.estimate(asked, losses[asked])
-            decide += time.perf_counter() - before
-            if beaten is not None:
-                better = losses.mean(axis=0) < members.mean(axis=1) - tolerance * box
-                n_false += bool(better.any(axis=1).all())
-                break
-        tokens.append(losses[asked if end < n else slice(None), 1].sum())
-        estimates.append(estimate)
-    spent += sum(seconds(reference[:, 1]) for reference in references)
+    """Chosen problems, the race, and parked candidates that go on: `share` of the tokens before the end is theirs."""
+    settings = {"chosen": chosen, "tolerance": tolerance, "alpha": alpha, "gain": gain}
+    replay = Replay(pool, references, box, seed, **settings, seconds=clock(pool))  # type: ignore[arg-type]
+    of_references, of_all = references[:, :, 1].sum(), pool.losses[:, :, 1].sum()
+    for i in range(len(pool.losses)):
+        replay.propose(i)
+        while replay.tokens_later < share * (of_references + replay.tokens.sum()) and replay.go_on():
+            pass
+    meanwhile = replay.tokens_later
+    while replay.go_on():
+        pass
+    errors = (replay.estimates - pool.losses.mean(axis=1)) / np.maximum(replay.deviations, 1e-9)
+    n = len(pool.losses)
     return Outcome(
-        np.array(tokens), references[:, :, 1].sum(), np.array(estimates), members.mean(axis=1), spent,
-        (("full_share", n_full / len(pool.losses)), ("wrongly_stopped_share", n_false / len(pool.losses)),
-         ("decision_seconds", decide / len(pool.losses))),
+        replay.tokens, of_references, replay.estimates, replay.members.mean(axis=1), replay.seconds_spent,
+        (("full_share", replay.share_of(State.FULL)), ("stopped_share", replay.share_of(State.STOPPED)),
+         ("wrongly_stopped_share", replay.n_wrong / n), ("decision_seconds", replay.decision_seconds / n),
+         ("references_fraction", of_references / of_all), ("going_on_fraction", meanwhile / of_all),
+         ("at_the_end_fraction", (replay.tokens_later - meanwhile) / of_all),
+         *((f"errors_in_deviations_{name}", float(np.sqrt((errors[:, m] ** 2).mean())))
+           for m, name in enumerate(("accuracy", "tokens")))),
     )  # fmt: skip
 
 

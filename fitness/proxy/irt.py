@@ -53,6 +53,11 @@ class ItemResponse:
             estimates.append((np.average(seen, weights=weights) + filled.mean()) / 2)
         return np.array(estimates)
 
+    def deviation(self, problems: NDArray[np.int64], losses: Floats) -> Floats:
+        """Standard errors of plain means of a sample without replacement, (M,): the model has none of its own."""
+        left = 1.0 - len(problems) / self._parents.shape[1]
+        return np.asarray(np.sqrt(left * losses.var(axis=0) / max(1, len(problems) - 1)))
+
     def _errors(self, problems: NDArray[np.int64], seen: Floats) -> Floats:
         slopes = self.items[:, :-1] @ self._abilities.T  # (P, parents): logits are linear in the shares
         offsets = self.items[:, -1]

@@ -23,7 +23,7 @@ from fitness.proxy.order import Order
 
 Floats = NDArray[np.float64]
 
-GROWTH = 1.5
+GROWTH = 2.0
 """Each look at the race comes when this many times the problems of the look before have been answered."""
 
 

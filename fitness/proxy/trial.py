@@ -1,4 +1,4 @@
-"""One candidate's way through the proxy: look after look, until it is stopped or has answered everything.
+"""One candidate's way through the proxy: look after look, until it is stopped, is parked or has answered everything.
 
 Plain data, made when the candidate is handed to a worker: which members were on the front then.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fitness.objectives import per_problem
+from fitness.proxy.promise import Promise
 from fitness.proxy.racing import Race, looks
 from fitness.proxy.screen import Screen
 from fitness.types import Score
@@ -27,6 +28,10 @@ class Estimator(Protocol):
         """From losses (n, M) on n problems of the split to mean losses over all of them, (M,)."""
         ...
 
+    def deviation(self, problems: NDArray[np.int64], losses: Floats) -> Floats:
+        """Standard errors of these, (M,)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -36,7 +41,18 @@ class Stop:
     losses: Floats
     """What to tell of it, (M,)."""
     member: int | None = None
-    """Id of the member of the front that it cannot beat; None if it has collapsed."""
+    """Id of the member of the front that it cannot beat, if that is why."""
+    promise: float | None = None
+    """What it promised when it was parked, if that is why: it may be asked the other problems later."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a parked candidate has answered."""
+
+    score: Score
+    problems: NDArray[np.int64]
+    """Positions in the split, in the order of the score, (n,)."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +73,21 @@ class Trial:
     """Losses of a model that answers nothing and never ends, (M,)."""
     first: int
     """Problems at the first look."""
+    promise: Promise
+    enough: float = 0.0
+    """Gain of hypervolume that must be expected of a candidate at a look, else it is parked; 0 parks nobody."""
+    before: Answered | None = None
+    """Of a candidate that was parked and goes on."""
 
     def blocks(self) -> list[NDArray[np.int64]]:
         """Positions of the problems that are asked before each look, in order."""
-        ends = looks(self.first, len(self.race.order.problems)) if self.racing else [len(self.race.order.problems)]
+        n_problems = len(self.race.order.problems)
+        ends = looks(self.first, n_problems) if self.racing or self.enough else [n_problems]
         if self.screen.n_problems and self.screen.n_problems < ends[0]:
             ends = [self.screen.n_problems, *ends]
-        return np.split(self.race.order.problems, ends[:-1])
+        done = len(self.before.problems) if self.before else 0
+        ends = [end for end in ends if end > done]
+        return np.split(self.race.order.problems, [done, *ends[:-1]])[1:]
 
     def judge(self, score: Score, problems: NDArray[np.int64]) -> Stop | None:
         """Whether to stop after some problems.
@@ -72,25 +96,42 @@ class Trial:
             score: on the problems asked so far, in the order of the race.
             problems: their positions in the split, (n,).
         """
-        if len(problems) < len(self.race.order.problems) and (reason := self.screen.collapsed(score, problems)):
+        if len(problems) == len(self.race.order.problems):
+            return None
+        if reason := self.screen.collapsed(score, problems):
             return Stop(f"collapsed: {reason}", self.worst)
-        if not self.racing or not self.first <= len(problems) < len(self.race.order.problems):
-            return None  # too early, or all is known
+        if len(problems) < self.first:
+            return None
         seen = per_problem(score, self.objectives)
-        found = self.race.beaten_by(seen, self.members)
+        return self._beaten(seen, problems) or self._parked(seen, problems)
+
+    def paired(self, seen: Floats, problems: NDArray[np.int64], member: Floats) -> Floats:
+        """The member's losses plus the estimated difference to it, (M,)."""
+        difference = self.estimator.estimate(problems, seen) - self.estimator.estimate(problems, member[problems])
+        return np.asarray(member.mean(axis=0) + difference)
+
+    def _beaten(self, seen: Floats, problems: NDArray[np.int64]) -> Stop | None:
+        found = self.race.beaten_by(seen, self.members) if self.racing else None
         if found is None:
             return None
         member = self.members[found]
         return Stop(
             f"cannot beat candidate {self.ids[found]}, after {len(problems)} of {len(member)} problems",
             np.maximum(self.paired(seen, problems, member), member.mean(axis=0)),
-            self.ids[found],
+            member=self.ids[found],
         )
 
-    def paired(self, seen: Floats, problems: NDArray[np.int64], member: Floats) -> Floats:
-        """The member's losses plus the estimated difference to it, (M,)."""
-        difference = self.estimator.estimate(problems, seen) - self.estimator.estimate(problems, member[problems])
-        return np.asarray(member.mean(axis=0) + difference)
+    def _parked(self, seen: Floats, problems: NDArray[np.int64]) -> Stop | None:
+        mean, deviation = self.estimator.estimate(problems, seen), self.estimator.deviation(problems, seen)
+        promised = float(self.promise.of(mean[None], deviation[None])[0])
+        if promised >= self.enough:
+            return None
+        n_problems = len(self.race.order.problems)
+        return Stop(
+            f"parked after {len(problems)} of {n_problems} problems: a gain of {promised:.2g} of the box is expected",
+            mean,
+            promise=promised,
+        )
 
 
 def joined(scores: Sequence[Score]) -> Score:

@@ -1,0 +1,47 @@
+"""What makes a candidate infeasible, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evo.config import Constraints
+from evo.front import Row
+from evo.types import Evaluation, Origin, Status
+
+
+def accuracy_floor(constraints: Constraints, parents: Sequence[Row]) -> float:
+    """What a candidate must reach: the worst parent's accuracy less some of its standard errors."""
+    worst = min((row.search.summary or {} for row in parents), key=lambda summary: float(summary["accuracy"]))
+    return float(worst["accuracy"] - constraints.accuracy_floor_stderrs * worst["accuracy_stderr"])
+
+
+def violations(
+    evaluation: Evaluation,
+    origin: Origin,
+    objectives: Sequence[str],
+    constraints: Constraints,
+    parents: Sequence[Row],
+) -> dict[str, float]:
+    """By how much each constraint is violated, on the search split; empty if none is.
+
+    A candidate that lost the race is measured by its member alone, and a parked one by its estimate. Parents define
+    the accuracy floor, so it is not asked of them.
+
+    Args:
+        evaluation: of a candidate.
+        origin: of the candidate.
+        objectives: what its losses are.
+        constraints: of the run.
+        parents: of the run, as far as they have been scored.
+    """
+    if evaluation.status is Status.PARTIAL and "promise" not in evaluation.detail:
+        return {"collapsed": 1.0} if evaluation.detail["stopped_by"] is None else {}
+    if evaluation.score is None or evaluation.losses is None:
+        return {}
+    accuracy = evaluation.score.accuracy
+    if evaluation.status is Status.PARTIAL and "error" in objectives:
+        accuracy = 1.0 - float(evaluation.losses[list(objectives).index("error")])
+    found = {"truncated": evaluation.score.truncated - constraints.max_truncated}
+    if origin is not Origin.PARENT:
+        found["accuracy"] = accuracy_floor(constraints, parents) - accuracy
+    return {name: amount for name, amount in found.items() if amount > 0}
