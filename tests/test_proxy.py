@@ -376,10 +376,7 @@ def test_all_are_parked_at_the_first_look_where_nothing_is_enough():
 def test_a_parked_candidate_goes_on_from_where_it_was_and_only_while_it_promises():
     member = np.stack([np.arange(64) % 2, np.full(64, 30.0)], axis=1).astype(float)
     asked = np.arange(64)[::-1][:8]
-    for verdict, tokens, ends in (
-        (OK, 25, 64),
-        (Verdict.WRONG, 31, 16),
-    ):  # as it began, or failing
+    for verdict, tokens, whole in ((OK, 25, True), (Verdict.WRONG, 31, False)):  # as it began, or failing
         before = Answered(score([OK] * 8, [25] * 8), asked)
         rules = trial(member, enough=0.01, before=before, racing=False)
         blocks = rules.blocks()
@@ -390,8 +387,8 @@ def test_a_parked_candidate_goes_on_from_where_it_was_and_only_while_it_promises
             n += len(block)
             if stop := rules.judge(joined(parts), rules.race.order.problems[:n]):
                 break
-        assert n == ends and (stop is None) == (ends == 64)
-        assert stop is None or stop.promise < 0.01
+        assert (stop is None) == whole == (n == 64)
+        assert whole or stop.promise < 0.01
 
 
 # -- what a candidate promises ----------------------------------------------------------------------------------

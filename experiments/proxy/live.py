@@ -3,8 +3,9 @@
     python experiments/proxy/live.py [--out runs/live] [--seeds 3] [--tokens 1000000] [--jobs 1]
 
 A replay cannot say what an optimizer makes of estimates; this does, with the parents, space and optimizer of
-experiments/chimera_mini/proof.yaml. The proxy's baselines (nine points of the line, from which it learns) are paid for
-from the same tokens. Adds "live" to results.json. Runs that are already there are not repeated.
+experiments/chimera_mini/proof.yaml. The proxy's baselines (points of the line, from which it learns) are paid for from
+the same tokens. It spends some more on parked candidates when its search has ended, so it goes first, and the search
+without gets as many as it took. Adds "live" to results.json. Runs that are already there are not repeated.
 """
 
 from __future__ import annotations
@@ -17,37 +18,31 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import yaml
+from record import base_config
+from record import run as search
 from recording import OBJECTIVES
 
 from evo import Search
-from evo.ledger import Ledger
+from evo.ledger import Entry, Ledger
 from evo.pareto import Scale
-from evo.terminal import watching
 from evo.types import Status
 from fitness.types import Split
 
 HERE = Path(__file__).parent
-PARENTS = HERE.parent / "chimera_mini"
 HELD_OUT = 1000
-WAYS = {
+WAYS = {  # in the order in which they are run
+    "proxy": {"proxy": {"enabled": True}, "baselines": {"average": True, "line_points": 3}},
     "full": {},
-    "proxy": {"proxy": {"enabled": True}, "baselines": {"average": True, "line_points": 9}},
 }
 
 
-def run(way: str, seed: int, tokens: int, folder: Path) -> None:
-    """One run, to its end."""
-    config = yaml.safe_load((PARENTS / "proof.yaml").read_text()) | WAYS[way]
-    config["parents"] = {name: str(PARENTS / path) for name, path in config["parents"].items()}
-    config |= {"base": str(PARENTS / config["base"]), "seed": seed, "budget": {"tokens": tokens}}
-    config["task"]["held_out"] = HELD_OUT
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{way}-{seed}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    search = Search.from_yaml(path, folder / path.stem)
-    with watching(search) as watch:
-        search.run(watch)
+def run(seed: int, tokens: int, folder: Path) -> None:
+    """Both ways, each to its end."""
+    for way, changes in WAYS.items():
+        config = base_config() | changes | {"seed": seed, "budget": {"tokens": tokens}}
+        config["task"]["held_out"] = HELD_OUT
+        search(config, folder / f"{way}-{seed}")
+        tokens = judge(folder / f"{way}-{seed}")["tokens"]
 
 
 def judge(folder: Path) -> dict[str, Any]:
@@ -55,16 +50,20 @@ def judge(folder: Path) -> dict[str, Any]:
     front = Search.open(folder).front()
     with closing(Ledger.open(folder, read_only=True)) as ledger:
         held_out = {e.candidate_id: e.losses for e in ledger.entries(Split.HELD_OUT) if e.losses is not None}
-        searched = ledger.entries(Split.SEARCH)
+        searched, later = ledger.entries(Split.SEARCH), ledger.later()
     scale = Scale.of_parents(OBJECTIVES, [held_out[row.ask.id] for row in front.parents])
     members = sorted((list(held_out[row.ask.id]) for row in front.members), key=lambda losses: losses[1])
     return {
         "hypervolume": scale.hypervolume(members),
         "members": [{"accuracy": 1.0 - error, "tokens": tokens} for error, tokens in members],
         "candidates": len(searched),
-        "partial": sum(entry.status is Status.PARTIAL for entry in searched),
-        "tokens": sum(entry.n_tokens for entry in searched),
+        "partial": len({e.candidate_id for e in searched if e.status is Status.PARTIAL} - _whole(later)),
+        "tokens": sum(entry.n_tokens for entry in (*searched, *later)),
     }
+
+
+def _whole(entries: list[Entry]) -> set[int]:
+    return {entry.candidate_id for entry in entries if entry.measured}
 
 
 def main() -> None:
@@ -75,10 +74,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
-    wanted = [(way, seed) for seed in range(arguments.seeds) for way in WAYS]
+    seeds = list(range(arguments.seeds))
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        ways, seeds = zip(*wanted, strict=True)
-        list(pool.map(run, ways, seeds, [arguments.tokens] * len(wanted), [arguments.out] * len(wanted)))
+        list(pool.map(run, seeds, [arguments.tokens] * len(seeds), [arguments.out] * len(seeds)))
+    wanted = [(way, seed) for seed in seeds for way in WAYS]
     found = {f"{way}-{seed}": judge(arguments.out / f"{way}-{seed}") for way, seed in wanted}
     for name, row in found.items():
         members = ", ".join(f"{m['accuracy']:.3f} at {m['tokens']:.1f}" for m in row["members"])

@@ -1,0 +1,150 @@
+"""Whole searches whose candidates are parked and asked on, beside the same candidates asked everything."""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from evo import Search
+from evo.config import Budget
+from evo.history import History
+from evo.ledger import Ledger
+from evo.terminal import print_status
+from evo.tracking.generations import Record
+from evo.types import Origin, Status
+from fitness.types import Split
+from tests.test_proxy_search import N, of_search, write_config
+from tests.test_search import events
+
+GAIN = 0.002
+N_FIRST = 6
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same random candidates, asked everything and with parking."""
+    folder = tmp_path_factory.mktemp("parking")
+    found = {}
+    for name, proxy in (("full", {"enabled": False}), ("parked", {"gain": GAIN, "race": False})):
+        search = Search.from_yaml(write_config(folder / name, proxy=proxy, candidates=16), folder / name / "run")
+        search.run()
+        found[name] = search
+    return found
+
+
+@pytest.fixture(scope="module")
+def histories(runs):
+    ledgers = {name: Ledger.open(search.folder, read_only=True) for name, search in runs.items()}
+    yield {name: History(ledger) for name, ledger in ledgers.items()}
+    for ledger in ledgers.values():
+        ledger.close()
+
+
+def test_every_candidate_is_parked_first_and_told_by_its_estimate(histories):
+    first = [entry for _, entry in of_search(histories["parked"])]
+    assert len(first) == 10 and all(entry.parked and len(entry.detail["problems"]) == 8 for entry in first)
+    truth = np.array([histories["full"].entries[Split.SEARCH][e.candidate_id].losses for e in first])
+    assert np.corrcoef([e.losses[1] for e in first], truth[:, 1])[0, 1] > 0.9
+
+
+def test_some_go_on_from_where_they_were_and_answer_as_without_the_proxy(histories):
+    parked, full = histories["parked"], histories["full"]
+    ends = set()
+    for id, entry in parked.later.items():
+        ends.add(entry.status)
+        before, now = parked.score(parked.entries[Split.SEARCH][id]), parked.score(entry)
+        whole = full.score(full.entries[Split.SEARCH][id])
+        assert set(before.problem_ids) < set(now.problem_ids)
+        places = [whole.problem_ids.index(problem) for problem in now.problem_ids]
+        assert now.verdicts.tolist() == whole.verdicts[places].tolist()
+        assert now.n_tokens.tolist() == whole.n_tokens[places].tolist()
+        if entry.status is Status.DONE:
+            assert now.problem_ids == whole.problem_ids
+            same = full.entries[Split.SEARCH][id]
+            assert entry.losses == same.losses and entry.summary == pytest.approx(same.summary, abs=1e-4)
+    assert Status.DONE in ends and 0 < len(parked.later) < 10
+
+
+def test_the_front_is_of_what_answered_everything_and_misses_little(histories):
+    front, full = histories["parked"].front, histories["full"].front
+    assert {row.search.summary["n_problems"] for row in front.evaluated} == {N}
+    found = {row.ask.id: row.losses for row in full.evaluated}
+    assert all(row.losses == found[row.ask.id] for row in front.members)
+    assert any(row.ask.origin is Origin.SEARCH for row in front.members)
+    assert front.hypervolume >= 0.97 * full.hypervolume
+
+
+def test_every_answer_is_paid_for_once(histories, capsys, runs):
+    history = histories["parked"]
+    ids = history.entries[Split.SEARCH]
+    assert history.spent["tokens"] == sum(history.score(history.latest(id)).n_generated for id in ids)
+    assert history.spent["candidates"] == len(ids) == 16
+    assert history.spent["tokens"] < 0.9 * histories["full"].spent["tokens"]
+    assert history.spent_later == sum(e.n_tokens for e in history.later.values()) > 0
+    print_status(runs["parked"].folder)
+    left = sum(history.latest(id).parked for id in ids)
+    assert f"proxy {left} parked, 0 stopped in the race" in capsys.readouterr().out
+
+
+def test_the_record_of_generations_ends_with_the_front_and_the_spend(runs, histories):
+    with closing(Ledger.open(runs["parked"].folder, read_only=True)) as ledger:
+        record = Record.read(ledger)
+    *_, last = record.generations()
+    front, spent = histories["parked"].front, histories["parked"].spent
+    assert last.metrics["front/hypervolume"] == front.hypervolume == record.front.hypervolume
+    assert {row.ask.id: row.losses for row in last.front.evaluated} == {r.ask.id: r.losses for r in front.evaluated}
+    assert {name: last.metrics[f"budget/{name}"] for name in spent} == pytest.approx(spent) == record.spent
+    assert not [generation for generation in record.generations(running=True) if generation.index == last.index]
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, runs):
+    """Killed right after a candidate went on, and while one does."""
+
+    class KilledError(Exception):
+        pass
+
+    path = write_config(tmp_path, proxy={"gain": GAIN, "race": False}, candidates=16)
+    search = Search.from_yaml(path, tmp_path / "run")
+    n_later = []
+
+    def kill(event):
+        if len(event.history.later) > len(n_later):
+            n_later.append(len(event.history.later))
+            raise KilledError
+
+    for _ in range(20):
+        try:
+            search.run(kill)
+            break
+        except KilledError:
+            pass
+    assert len(n_later) == len(_later(runs["parked"].folder)) > 1
+    assert events(search.folder) == events(runs["parked"].folder)
+    assert _later(search.folder) == _later(runs["parked"].folder)
+
+
+def test_an_extended_search_asks_on_who_was_parked_before(tmp_path):
+    path = write_config(tmp_path, proxy={"gain": 0.9}, candidates=9)
+    search = Search.from_yaml(path, tmp_path / "run")
+    search.run()
+    assert not _later(search.folder)  # nobody promises nine tenths of the box
+    search.run(budget=Budget(candidates=11))
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        assert sum(entry.parked for entry in ledger.entries(Split.SEARCH)) == 5
+
+
+def test_an_estimate_below_the_accuracy_floor_is_a_violation(histories):
+    history = histories["parked"]
+    worst = min(row.search.summary["accuracy"] for row in history.front.parents)
+    for _, entry in of_search(history):
+        low = 1.0 - entry.losses[0] < worst - 2 * max(
+            row.search.summary["accuracy_stderr"]
+            for row in history.front.parents
+            if row.search.summary["accuracy"] == worst
+        )
+        assert ("accuracy" in entry.violations) == low
+
+
+def _later(folder):
+    with closing(Ledger.open(folder, read_only=True)) as ledger:
+        return [(e.candidate_id, e.status, e.losses, e.summary, e.detail.get("problems")) for e in ledger.later()]
