@@ -182,7 +182,7 @@ class ProxyConfig(_Section):
     """Differences that are worth no full evaluation, as a share of the hypervolume's box in each objective."""
     chosen: int = Field(32, ge=0)
     """Problems that are asked first because parents and baselines differ on them; the others come by lot."""
-    gain: float = Field(1e-4, ge=0, lt=1)
+    gain: float = Field(2e-5, ge=0, lt=1)
     """All are parked after the first look, told by their estimates; one goes on later, the most promising first, while
     a gain of this share of the hypervolume's box is expected of it. 0 parks nobody: all race to the end."""
     estimator: str = "kriging"

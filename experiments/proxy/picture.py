@@ -11,11 +11,15 @@ import numpy as np
 def table(results: dict[str, Any]) -> str:
     """The README's first table."""
     rows = {"as it comes": results}
-    rows |= {f"proxy, {r['chosen']} chosen, tolerance {r['tolerance']:g}": r for r in results["curve"]}
-    rows |= {"oracle (16 chosen, tolerance 0.01)": results["oracle"]}
-    rows |= {f"alpha {name}": r for name, r in results["by_alpha"].items()}
-    rows |= {"none chosen": results["no_chosen"], "3 line points": results["line_points"]["3"]}
+    rows |= {f"proxy, {r['chosen']} chosen, gain {r['gain']:g}": r for r in results["curve"]}
+    rows |= {f"race alone, tolerance {r['tolerance']:g}": r for r in results["race_alone"]}
+    for changes in results["changed"]:
+        name = next(key for key in results["settings"] if key in changes)
+        rows[f"proxy, {name} {changes[name]:g}"] = changes
+    rows |= {"oracle": results["oracle"]}
     rows |= {f"{name}, {n} problems": r for name in ("evo_l2s", "merge3") for n, r in results[name].items()}
+    rows |= {f"as it comes, {n} problems in all": r for n, r in results["by_size"].items()}
+    rows |= {f"as it comes, search {i}": r for i, r in enumerate(results["by_search"])}
     return "\n".join(f"| {name} | {' | '.join(_cells(row))} |" for name, row in rows.items())
 
 
@@ -50,8 +54,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         f"proxy, {c} chosen": [r for r in results["curve"] if r["chosen"] == c]
         for c in sorted({r["chosen"] for r in results["curve"]})
     }
+    sides |= {"race alone": results["race_alone"]}
     sides |= {"Evo-L2S": list(results["evo_l2s"].values()), "MERGE3": list(results["merge3"].values())}
-    for (label, rows), marker in zip(sides.items(), "osxD", strict=True):
+    for (label, rows), marker in zip(sides.items(), "osv^xD", strict=True):
         x = [100 * r["tokens_fraction"] for r in rows]
         for axis, keys, unit in (
             (axes[0], ["hypervolume_regret"], 100),
@@ -65,6 +70,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             )
     axes[0].axhline(1, color="grey", linestyle=":")
     axes[0].set(xlabel="tokens, % of full evaluation", ylabel="hypervolume regret, %")
+    axes[0].set_yscale("symlog", linthresh=1.0)
     axes[1].axhline(0.95, color="grey", linestyle=":")
     axes[1].set(xlabel="tokens, % of full evaluation", ylabel="Spearman, the weaker of accuracy and tokens")
     for axis in axes:

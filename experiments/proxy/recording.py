@@ -1,4 +1,4 @@
-"""What candidates once answered to every problem, read from the ledgers of finished searches."""
+"""What candidates once answered to every problem: read from the ledgers of finished searches, kept in one file."""
 
 from __future__ import annotations
 
@@ -68,8 +68,48 @@ class Recorded:
             config, parents, pool = read(folder)
             kinds.get(config.optimizer.kind, kinds["searched"]).append(pool)
         if not all(kinds.values()):
-            raise SystemExit("expected a searched run, a random one and a line sweep; see --record")
+            raise SystemExit("expected a searched run, a random one and a line sweep; see record.py")
         return cls(parents, kinds["line_sweep"][0], tuple(kinds["searched"]), tuple(kinds["random"]))
+
+    def save(self, path: Path) -> None:
+        """One compressed file; answers are right or wrong, and at most 65,535 tokens long."""
+        arrays = {}
+        for name, pool in self._pools().items():
+            errors, tokens = pool.losses[:, :, 0], pool.losses[:, :, 1]
+            if not (np.isin(errors, (0.0, 1.0)).all() and (tokens == tokens.astype(np.uint16)).all()):
+                raise SystemExit(f"{name}: expected one sample for each problem")
+            arrays |= {
+                f"{name}/wrong": np.packbits(errors.astype(bool), axis=1),
+                f"{name}/tokens": tokens.astype(np.uint16),
+                f"{name}/truncated": pool.truncated,
+                f"{name}/seconds": pool.seconds.astype(np.float32),
+            }
+        np.savez_compressed(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Recorded:
+        """Inverse of save."""
+        pools: dict[str, Pool] = {}
+        with np.load(path) as file:
+            for name in dict.fromkeys(key.partition("/")[0] for key in file.files):
+                wrong, tokens, truncated, seconds = (
+                    file[f"{name}/{field}"] for field in ("wrong", "tokens", "truncated", "seconds")
+                )
+                errors = np.unpackbits(wrong, axis=1, count=tokens.shape[1])
+                losses = np.stack([errors, tokens], axis=2).astype(float)
+                pools[name] = Pool(losses, truncated, seconds.astype(float))
+        searched, random = (
+            tuple(pool for name, pool in pools.items() if name.startswith(kind)) for kind in ("searched", "random")
+        )
+        return cls(pools["parents"], pools["line"], searched, random)
+
+    def _pools(self) -> dict[str, Pool]:
+        return {
+            "parents": self.parents,
+            "line": self.line,
+            **{f"searched-{i}": pool for i, pool in enumerate(self.searched)},
+            **{f"random-{i}": pool for i, pool in enumerate(self.random)},
+        }
 
     def references(self, line_points: int) -> Floats:
         """Losses of the parents and of interior points of the line, evenly spaced, (R, P, 2)."""
