@@ -136,7 +136,8 @@ class Worker:
         mean = score.tokens_mean if score else 0.0
         if "tokens" in self._objectives:
             mean = float(stop.losses[list(self._objectives).index("tokens")])
-        return round(mean * n_problems) - (score.n_generated if score else 0)
+        n_answers = n_problems * self._evaluator.samples
+        return round(mean * n_answers) - (score.n_generated if score else 0)
 
     def _ask(self, problems: Sequence[Problem], trial: Trial | None, max_tokens: int | None) -> _Answers:
         """Block after block; a model that answers everything has its answers in the split's own order."""

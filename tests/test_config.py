@@ -164,6 +164,12 @@ def test_decoding_and_orderliness(write):
     assert changed_keys(config.model_dump(mode="json"), config.model_dump(mode="json")) == []
 
 
+def test_the_likelihood_screen_names_the_engine_that_can(write):
+    text = GOOD.replace("max_tokens: 64", "kind: vllm, max_tokens: 64") + "proxy: {enabled: true, likelihood: true}\n"
+    with pytest.raises(ConfigError, match=r"proxy.likelihood: .* needs logprobs, .*'vllm' lacks; .*: transformers"):
+        load_config(write(text))
+
+
 def test_what_an_engine_lacks_is_told_when_the_config_is_read(write, monkeypatch):
     from search_spaces import SPACES
     from search_spaces.block import block

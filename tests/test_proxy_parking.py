@@ -123,6 +123,23 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, runs):
     assert _later(search.folder) == _later(runs["parked"].folder)
 
 
+def test_several_samples_a_problem_go_on_and_are_counted(tmp_path):
+    path = write_config(tmp_path, proxy={"gain": GAIN, "race": False}, candidates=12)
+    path.write_text(
+        path.read_text().replace("max_tokens: 110", "max_tokens: 110, decoding: {samples: 2, greedy: false}")
+    )
+    search = Search.from_yaml(path, tmp_path / "run")
+    search.run()
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        first, later = ledger.entries(Split.SEARCH), ledger.later()
+        whole = [entry for entry in later if entry.status is Status.DONE]
+        assert whole and all(ledger.score(entry).n_tokens.shape == (N, 2) for entry in whole)
+        told = {entry.candidate_id: entry for entry in first if entry.parked}
+        for entry in whole:
+            truth = entry.summary["n_generated"] - told[entry.candidate_id].summary["n_generated"]
+            assert told[entry.candidate_id].n_saved == pytest.approx(truth, rel=0.25)
+
+
 def test_an_extended_search_asks_on_who_was_parked_before(tmp_path):
     path = write_config(tmp_path, proxy={"gain": 0.9}, candidates=9)
     search = Search.from_yaml(path, tmp_path / "run")

@@ -6,6 +6,7 @@ Knows nothing of MLflow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -102,6 +103,7 @@ class Record:
         batches: dict[int, list[Entry]] = {index: [] for index in asked}
         for entry in self.entries:
             batches[self.asks[entry.candidate_id].generation].append(entry)
+        first = {entry.candidate_id: entry for entry in self.entries}
         evaluated: dict[int, Row] = {}
         kept: tuple[Row, ...] = ()  # all that the next front can depend on
         spent, done, parked = _spent((), ()), 0, False
@@ -111,10 +113,11 @@ class Record:
             closed = complete and (following or not parked)
             if not batch or not (closed or (self.finished and not running)):
                 return
-            later = [e for e in self.later[done:] if not following or e.seq < following[0].seq]
-            done += len(later)
-            again = [entry for entry in self.entries if entry.candidate_id in {e.candidate_id for e in later}]
-            rows = self._rows([*batch, *again], later)
+            start, end = done, following[0].seq if following else math.inf
+            while done < len(self.later) and self.later[done].seq < end:
+                done += 1
+            later = self.later[start:done]
+            rows = self._rows([*batch, *(first[entry.candidate_id] for entry in later)], later)
             evaluated |= {row.ask.id: row for row in rows}
             spent = {key: value + spent[key] for key, value in _spent(batch, later).items()}
             front = front_of(list({row.ask.id: row for row in (*kept, *rows)}.values()), self.objectives)

@@ -71,6 +71,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0].axhline(1, color="grey", linestyle=":")
     axes[0].set(xlabel="tokens, % of full evaluation", ylabel="hypervolume regret, %")
     axes[0].set_yscale("symlog", linthresh=1.0)
+    axes[0].set_yticks([0, 0.5, 1, 2, 5, 10], ["0", "0.5", "1", "2", "5", "10"])
     axes[1].axhline(0.95, color="grey", linestyle=":")
     axes[1].set(xlabel="tokens, % of full evaluation", ylabel="Spearman, the weaker of accuracy and tokens")
     for axis in axes:
