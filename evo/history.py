@@ -102,8 +102,16 @@ class History:
     @property
     def exhausted(self) -> bool:
         """Whether some limit of the budget has been reached."""
+        return self.share_spent() >= 1.0
+
+    def share_spent(self, *of: str) -> float:
+        """How much of the budget is used, by the limit that is nearest.
+
+        Args:
+            of: names of the limits to look at; none: all.
+        """
         limits = self.budget.model_dump(exclude_none=True)
-        return any(self.spent[key] >= limit for key, limit in limits.items())
+        return max((self.spent[key] / limit for key, limit in limits.items() if not of or key in of), default=0.0)
 
     def _whole_front(self) -> Front:
         return front_of(self._rows(self.entries[Split.SEARCH].values()), self._objectives)

@@ -79,14 +79,12 @@ class Loop:
 
     def _propose(self) -> None:
         optimizer, generation = self._replay()
-        self._go_on()
         while not self._must_end():
             genomes = optimizer.ask(optimizer.batch_size)
             if not genomes:
                 return
             generation += 1
             self._evaluate_batch(optimizer, self._record(genomes, generation))
-            self._go_on()
 
     def score_held_out(self, *, every: bool = False) -> None:
         """Evaluate the front, the parents and the baselines (or every candidate) on the held-out split, once each."""
@@ -129,6 +127,7 @@ class Loop:
 
     def _evaluate_batch(self, optimizer: Optimizer, batch: Sequence[Ask]) -> None:
         for ask in batch:
+            self._go_on()
             if self._must_end():
                 return
             entry = self._record_evaluation(ask, self._evaluate(ask, Split.SEARCH), Split.SEARCH)
@@ -144,8 +143,8 @@ class Loop:
     def _go_on(self, *, at_the_end: bool = False) -> None:
         """Ask parked candidates the problems that are left, the most promising first, while one promises enough.
 
-        While the search goes on they get a share of its tokens; at its end, what it takes. The optimizer is not told
-        again: it has moved on, and pycma and Optuna take one value for a proposal.
+        While the search goes on they get a share of its tokens; towards its end, what it takes. The optimizer is not
+        told again: it has moved on, and pycma and Optuna take one value for a proposal.
         """
         while not stop_requested(self._folder) and (id := self._proxy.next_parked(at_the_end=at_the_end)) is not None:
             ask, before = self._history.asks[id], self._proxy.answered(id)

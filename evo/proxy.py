@@ -30,8 +30,12 @@ from fitness.types import Split, Task, Verdict
 FIRST = 16
 """Problems before the first look, where none are chosen."""
 SHARE = 0.2
-"""Of a search's tokens, that parked candidates may take before its end. A front to look at meanwhile is worth that;
-more would be lost on candidates that later ones beat (experiments/proxy)."""
+"""Of a search's tokens, that parked candidates may take before its end is near. A front to look at meanwhile is worth
+that; more would be lost on candidates that later ones beat (experiments/proxy)."""
+
+
+CLOSING = 0.25
+"""The last share of a budget of tokens or hours, in which parked candidates come before new ones."""
 
 
 class Proxy:
@@ -74,10 +78,12 @@ class Proxy:
         """Id of the parked candidate that promises most, if it promises enough to be asked more.
 
         Args:
-            at_the_end: whether the search proposes nothing more; before that, parked ones wait for their share.
+            at_the_end: whether the search proposes nothing more.
         """
         history = self._history
-        if not at_the_end and history.spent_later >= SHARE * history.spent["tokens"]:
+        used = history.share_spent("tokens", "hours")
+        closing = at_the_end or used >= 1.0 - CLOSING
+        if used >= 1.0 or not (closing or history.spent_later < SHARE * history.spent["tokens"]):
             return None
         parked = [entry for id in history.entries[Split.SEARCH] if (entry := history.latest(id)).parked]
         if not parked:

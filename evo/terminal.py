@@ -73,8 +73,7 @@ class _LiveWatcher:
 
 def share_spent(history: History) -> float:
     """How much of the budget is used, by the limit that is nearest."""
-    limits = history.budget.model_dump(exclude_none=True)
-    return min(1.0, max(float(history.spent[key] / limit) for key, limit in limits.items()))
+    return min(1.0, history.share_spent())
 
 
 def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Table:

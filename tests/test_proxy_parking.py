@@ -9,6 +9,7 @@ from evo import Search
 from evo.config import Budget
 from evo.history import History
 from evo.ledger import Ledger
+from evo.proxy import CLOSING, SHARE
 from evo.terminal import print_status
 from evo.tracking.generations import Record
 from evo.types import Origin, Status
@@ -138,6 +139,26 @@ def test_several_samples_a_problem_go_on_and_are_counted(tmp_path):
         for entry in whole:
             truth = entry.summary["n_generated"] - told[entry.candidate_id].summary["n_generated"]
             assert told[entry.candidate_id].n_saved == pytest.approx(truth, rel=0.25)
+
+
+def test_a_budget_of_tokens_holds_for_parked_candidates_too(tmp_path):
+    path = write_config(tmp_path, proxy={"gain": 1e-6, "race": False})
+    path.write_text(path.read_text().replace("{candidates: 13}", "{tokens: 16000}"))
+    search = Search.from_yaml(path, tmp_path / "run")
+    search.run()
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        history, first = History(ledger), ledger.entries(Split.SEARCH)
+        again = {entry.seq for entry in ledger.later()}
+        costs = sorted((entry.seq, entry.n_tokens) for entry in (*first, *ledger.later()))
+    assert 16000 <= history.spent["tokens"] < 16000 + max(cost for _, cost in costs)
+    spent = later = n_closing = 0
+    for seq, cost in costs:  # each that went on had its share left, or came when the end was near
+        if seq in again:
+            assert later < SHARE * spent or spent >= (1 - CLOSING) * 16000
+            n_closing += later >= SHARE * spent
+            later += cost
+        spent += cost
+    assert again and n_closing
 
 
 def test_an_extended_search_asks_on_who_was_parked_before(tmp_path):

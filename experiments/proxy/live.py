@@ -4,8 +4,7 @@
 
 A replay cannot say what an optimizer makes of estimates; this does, with the parents, space and optimizer of
 experiments/chimera_mini/proof.yaml. The proxy's baselines (points of the line, from which it learns) are paid for from
-the same tokens. It spends some more on parked candidates when its search has ended, so it goes first, and the search
-without gets as many as it took. Adds "live" to results.json. Runs that are already there are not repeated.
+the same tokens. Adds "live" to results.json. Runs that are already there are not repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from fitness.types import Split
 
 HERE = Path(__file__).parent
 HELD_OUT = 1000
-WAYS = {  # in the order in which they are run
+WAYS = {
     "proxy": {"proxy": {"enabled": True}, "baselines": {"average": True, "line_points": 3}},
     "full": {},
 }
@@ -42,7 +41,6 @@ def run(seed: int, tokens: int, folder: Path) -> None:
         config = base_config() | changes | {"seed": seed, "budget": {"tokens": tokens}}
         config["task"]["held_out"] = HELD_OUT
         search(config, folder / f"{way}-{seed}")
-        tokens = judge(folder / f"{way}-{seed}")["tokens"]
 
 
 def judge(folder: Path) -> dict[str, Any]:
