@@ -124,18 +124,21 @@ class Record:
             kept = (*front.parents, *front.baselines, *front.members)
             whole = replace(front, evaluated=tuple(row for _, row in sorted(evaluated.items())))
             last = max(entry.time for entry in (*batch, *later))
-            yield Generation(index, last, complete, whole, _metrics(front, batch, spent))
+            yield Generation(index, last, complete, whole, _metrics(front, batch, spent, self.objectives))
 
     def _rows(self, entries: Sequence[Entry], later: Sequence[Entry]) -> list[Row]:
         return rows_of(entries, {entry.candidate_id: entry for entry in later}, self.asks, self.held_out)
 
 
-def _metrics(front: Front, batch: Sequence[Entry], spent: dict[str, float]) -> dict[str, float]:
+def _metrics(
+    front: Front, batch: Sequence[Entry], spent: dict[str, float], objectives: Sequence[str]
+) -> dict[str, float]:
     return {
         "front/hypervolume": front.hypervolume,
         "front/size": float(len(front.members)),
         **_best(front),
         **_of_batch(batch),
+        **_of_proxy(batch, objectives),
         **_pace(batch),
         **{f"budget/{key}": value for key, value in spent.items()},
     }
@@ -160,15 +163,10 @@ def _of_batch(batch: Sequence[Entry]) -> dict[str, float]:
     """Means over all that were measured; the extremes over the feasible, else a broken model has the fewest tokens."""
     measured = [entry.summary for entry in batch if entry.summary and entry.measured]
     feasible = [entry.summary for entry in batch if entry.summary and entry.feasible]
-    found = {
-        "gen/feasible_share": len(feasible) / len(batch),
-        "gen/failed": float(sum(entry.status is Status.FAILED for entry in batch)),
-    }
-    if stopped := [entry for entry in batch if entry.status is Status.PARTIAL]:
-        kinds = {"collapsed": [e.collapsed for e in stopped], "parked": [e.parked for e in stopped]}
-        found |= {f"proxy/{kind}": float(sum(are)) for kind, are in kinds.items()}
-        found["proxy/stopped"] = len(stopped) - found["proxy/collapsed"] - found["proxy/parked"]
-        found["proxy/tokens_saved"] = float(sum(entry.n_saved for entry in stopped))
+    found = {"gen/failed": float(sum(entry.status is Status.FAILED for entry in batch))}
+    if judged := [entry for entry in batch if entry.status is not Status.PARTIAL or entry.parked]:
+        n_feasible = sum(entry.status is not Status.FAILED and not entry.violations for entry in judged)
+        found["gen/feasible_share"] = n_feasible / len(judged)
     if measured:
         found["gen/accuracy_mean"] = sum(s["accuracy"] for s in measured) / len(measured)
         found["gen/tokens_mean"] = sum(s["tokens_mean"] for s in measured) / len(measured)
@@ -176,6 +174,27 @@ def _of_batch(batch: Sequence[Entry]) -> dict[str, float]:
         found["gen/accuracy_max"] = max(s["accuracy"] for s in feasible)
         found["gen/tokens_min"] = min(s["tokens_mean"] for s in feasible)
     return found
+
+
+def _of_proxy(batch: Sequence[Entry], objectives: Sequence[str]) -> dict[str, float]:
+    """What became of those that were not asked everything; of parked ones the means that are estimated."""
+    stopped = [entry for entry in batch if entry.status is Status.PARTIAL]
+    if not stopped:
+        return {}
+    parked = [entry for entry in stopped if entry.parked]
+    n_collapsed = sum(entry.collapsed for entry in stopped)
+    estimates = [entry.losses for entry in parked if entry.losses is not None]
+    means = {
+        f"proxy/{name}_mean": sum(losses) / len(estimates)
+        for name, losses in zip(objectives, zip(*estimates, strict=True), strict=False)
+    }
+    return {
+        "proxy/collapsed": float(n_collapsed),
+        "proxy/parked": float(len(parked)),
+        "proxy/stopped": float(len(stopped) - n_collapsed - len(parked)),
+        "proxy/tokens_saved": float(sum(entry.n_saved for entry in stopped)),
+        **means,
+    }
 
 
 def _pace(batch: Sequence[Entry]) -> dict[str, float]:

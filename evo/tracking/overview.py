@@ -25,8 +25,9 @@ def overview(record: Record, config: Config, folder: Path, state: str) -> str:
     """
     front, failed = record.front, sum(entry.status is Status.FAILED for entry in record.latest)
     infeasible = sum(bool(entry.violations) for entry in record.latest)
-    n_stopped = sum(entry.status is Status.PARTIAL for entry in record.latest)
-    stopped = f", {n_stopped} stopped early" if n_stopped else ""
+    n_parked = sum(entry.parked for entry in record.latest)
+    n_stopped = sum(entry.status is Status.PARTIAL for entry in record.latest) - n_parked
+    stopped = (f", {n_parked} parked" if n_parked else "") + (f", {n_stopped} stopped early" if n_stopped else "")
     n_genes = next((f", {len(ask.genome)} genes" for ask in record.asks if ask.genome is not None), "")
     asked = max((ask.generation for ask in record.asks), default=0)
     lines = [
