@@ -32,7 +32,7 @@ AS_IT_COMES = ProxyConfig.model_validate({})
 DEFAULT = {name: getattr(AS_IT_COMES, name) for name in ("chosen", "tolerance", "alpha", "gain")}
 DEFAULT |= {"share": SHARE, "line_points": 3}
 CHOSEN = (16, 32, 48)
-GAINS = (1e-3, 1e-4, 2e-5, 5e-6)
+GAINS = (3e-3, 1e-3, 1e-4, 2e-5, 5e-6)
 TOLERANCES = (0.01, 0.02, 0.04)
 SUBSETS = (10, 20, 50)
 

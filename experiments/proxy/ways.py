@@ -83,7 +83,7 @@ def proxied(
 def oracle(pool: Pool, references: Floats, box: Floats, seed: int, *, chosen: int, tolerance: float) -> Outcome:
     """A race that knows the end: who does not beat every member by the tolerance is stopped at the first look.
 
-    No race with this first look, these references and this tolerance can take fewer tokens.
+    No race that decides as candidates come, with this first look and this tolerance, takes fewer tokens.
     """
     first = choose(references, chosen, seed).problems[:chosen]
     estimator, members = Kriging(references), _front(references)
