@@ -34,12 +34,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def rounded(value: Any) -> Any:
-    """The same with five decimals."""
+    """The same with six decimals."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
-    return round(value, 5) if isinstance(value, float) else value
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -71,6 +71,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0].axhline(1, color="grey", linestyle=":")
     axes[0].set(xlabel="tokens, % of full evaluation", ylabel="hypervolume regret, %")
     axes[0].set_yscale("symlog", linthresh=1.0)
+    axes[0].set_ylim(bottom=0)
     axes[0].set_yticks([0, 0.5, 1, 2, 5, 10], ["0", "0.5", "1", "2", "5", "10"])
     axes[1].axhline(0.95, color="grey", linestyle=":")
     axes[1].set(xlabel="tokens, % of full evaluation", ylabel="Spearman, the weaker of accuracy and tokens")
