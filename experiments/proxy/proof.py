@@ -1,7 +1,7 @@
 """The proxy replayed on candidates that were once asked everything, beside full evaluation and two rivals.
 
     python experiments/proxy/proof.py                         # replays recording.npz: minutes, numpy only
-    python experiments/proxy/proof.py --runs DIR ...          # first makes that file anew, from the runs of record.py
+    python experiments/proxy/proof.py --runs DIR              # first makes that file anew, of what record.py wrote
 
 Recorded are one or more searches, random search, and the line between the parents. Each of 20 seeds interleaves a
 searched run (in the order in which it was proposed) with the random one by lot, and draws the order of problems anew.
@@ -47,7 +47,7 @@ def proxied_with(**changes: Any) -> tuple[Callable[[Pool, Floats, Floats, int], 
 def main() -> None:
     """Replay, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="+", help="folders of runs to make recording.npz of")
+    parser.add_argument("--runs", type=Path, help="folder of runs to make recording.npz of")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     arguments = parser.parse_args()
     if arguments.runs:

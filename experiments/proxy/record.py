@@ -3,12 +3,14 @@
     python experiments/proxy/record.py [--out runs/recordings] [--jobs 2]      # about 90 minutes of two cores
 
 CMA-ES and random search over the parents of experiments/chimera_mini, and the line between them, on a split of
-1,024 problems. Runs that are already there are not repeated; one that was interrupted goes on.
+1,024 problems. Runs that are already there are not repeated; one that was interrupted goes on. At last, on a machine
+that is idle by then, it times blocks of few and many problems.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,7 +19,10 @@ from typing import Any
 import yaml
 
 from evo import Search
+from evo.assemble import build_space, build_task, build_worker, first_candidates, open_sources, recipe_sources
+from evo.config_file import load_config
 from evo.terminal import watching
+from fitness.types import Split
 
 PARENTS = Path(__file__).parent.parent / "chimera_mini"
 RUNS: dict[str, dict[str, Any]] = {
@@ -29,6 +34,8 @@ RUNS: dict[str, dict[str, Any]] = {
 N_PROBLEMS = 1024
 N_CONFIRM = 16
 """Of the reserve and held-out, which no replay reads."""
+BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+BLOCKS_FILE = "blocks.json"
 
 
 def base_config() -> dict[str, Any]:
@@ -55,6 +62,20 @@ def record(name: str, folder: Path) -> None:
     run(config, folder / name)
 
 
+def time_blocks(folder: Path) -> None:
+    """Writes a list of [longest answer, tokens, seconds] of the parents' and the average's first problems."""
+    config = load_config(folder / "line.yaml")
+    candidates = first_candidates(config, build_space(config, open_sources(config)), recipe_sources(config, {}))
+    worker, found = build_worker(config, build_task(config), None), []
+    for candidate in candidates:
+        for n in BLOCKS:
+            evaluation = worker.evaluate(candidate, Split.SEARCH, n)
+            assert evaluation.score is not None, evaluation.detail
+            tokens = evaluation.score.n_tokens
+            found.append([int(tokens.max()), int(tokens.sum()), evaluation.detail["generate_seconds"]])
+    (folder / BLOCKS_FILE).write_text(json.dumps(found) + "\n")
+
+
 def main() -> None:
     """All recordings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,6 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(record, arguments.only, [arguments.out] * len(arguments.only)))
+    time_blocks(arguments.out)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from record import BLOCKS_FILE, RUNS
 
 from evo.config import Config
 from evo.ledger import Ledger
@@ -28,12 +29,12 @@ class Pool:
     """(N, P, 2), in the order of proposal."""
     truncated: Floats
     """Share of answers that were cut off, (N,)."""
-    seconds: Floats
-    """What each took to write and to generate, (N,)."""
+    blocks: Floats
+    """Longest answer, tokens and seconds of some blocks of problems, (n, 3): what time goes with on the machine."""
 
     def take(self, candidates: NDArray[np.int64], problems: NDArray[np.int64] | slice = slice(None)) -> Pool:
         """Some candidates, on some problems."""
-        return Pool(self.losses[candidates][:, problems], self.truncated[candidates], self.seconds[candidates])
+        return Pool(self.losses[candidates][:, problems], self.truncated[candidates], self.blocks)
 
 
 def read(folder: Path) -> tuple[Config, Pool, Pool]:
@@ -45,7 +46,7 @@ def read(folder: Path) -> tuple[Config, Pool, Pool]:
         whole = Pool(
             np.array([per_problem(ledger.score(entry), OBJECTIVES) for entry in entries]),
             np.array([(entry.summary or {})["truncated"] for entry in entries]),
-            np.array([entry.detail["generate_seconds"] for entry in entries]),
+            np.zeros((0, 3)),
         )
     where = {kind: np.array([i for i, e in enumerate(entries) if origin[e.candidate_id] is kind]) for kind in Origin}
     return config, whole.take(where[Origin.PARENT]), whole.take(where[Origin.SEARCH])
@@ -59,17 +60,17 @@ class Recorded:
     line: Pool
     searched: tuple[Pool, ...]
     random: tuple[Pool, ...]
+    blocks: Floats
 
     @classmethod
-    def of(cls, folders: Iterable[Path]) -> Recorded:
-        """Sorted by their configs' optimizers."""
+    def of(cls, folder: Path) -> Recorded:
+        """What record.py wrote into a folder, sorted by the configs' optimizers."""
         kinds: dict[str, list[Pool]] = {"line_sweep": [], "random": [], "searched": []}
-        for folder in folders:
-            config, parents, pool = read(folder)
+        for name in RUNS:
+            config, parents, pool = read(folder / name)
             kinds.get(config.optimizer.kind, kinds["searched"]).append(pool)
-        if not all(kinds.values()):
-            raise SystemExit("expected a searched run, a random one and a line sweep; see record.py")
-        return cls(parents, kinds["line_sweep"][0], tuple(kinds["searched"]), tuple(kinds["random"]))
+        blocks = np.array(json.loads((folder / BLOCKS_FILE).read_text()), float)
+        return cls(parents, kinds["line_sweep"][0], tuple(kinds["searched"]), tuple(kinds["random"]), blocks)
 
     def save(self, path: Path) -> None:
         """One compressed file; answers are right or wrong, and at most 65,535 tokens long."""
@@ -82,26 +83,24 @@ class Recorded:
                 f"{name}/wrong": np.packbits(errors.astype(bool), axis=1),
                 f"{name}/tokens": tokens.astype(np.uint16),
                 f"{name}/truncated": pool.truncated,
-                f"{name}/seconds": pool.seconds.astype(np.float32),
             }
-        np.savez_compressed(path, **arrays)
+        np.savez_compressed(path, blocks=self.blocks, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Recorded:
         """Inverse of save."""
         pools: dict[str, Pool] = {}
         with np.load(path) as file:
-            for name in dict.fromkeys(key.partition("/")[0] for key in file.files):
-                wrong, tokens, truncated, seconds = (
-                    file[f"{name}/{field}"] for field in ("wrong", "tokens", "truncated", "seconds")
-                )
+            blocks = file["blocks"]
+            for name in dict.fromkeys(key.partition("/")[0] for key in file.files if "/" in key):
+                wrong, tokens, truncated = (file[f"{name}/{field}"] for field in ("wrong", "tokens", "truncated"))
                 errors = np.unpackbits(wrong, axis=1, count=tokens.shape[1])
                 losses = np.stack([errors, tokens], axis=2).astype(float)
-                pools[name] = Pool(losses, truncated, seconds.astype(float))
+                pools[name] = Pool(losses, truncated, blocks)
         searched, random = (
             tuple(pool for name, pool in pools.items() if name.startswith(kind)) for kind in ("searched", "random")
         )
-        return cls(pools["parents"], pools["line"], searched, random)
+        return cls(pools["parents"], pools["line"], searched, random, blocks)
 
     def _pools(self) -> dict[str, Pool]:
         return {
@@ -123,5 +122,7 @@ class Recorded:
         order = np.empty(len(place), int)
         for i, first in enumerate((0, len(parts[0].losses))):
             order[place == i] = first + np.arange((place == i).sum())
-        fields = zip(*[(p.losses, p.truncated, p.seconds) for p in parts], strict=True)
-        return Pool(*map(np.concatenate, fields)).take(order)  # type: ignore[arg-type]
+        losses, truncated = (
+            np.concatenate(field) for field in zip(*[(p.losses, p.truncated) for p in parts], strict=True)
+        )
+        return Pool(losses, truncated, self.blocks).take(order)
