@@ -36,8 +36,6 @@ class History:
         """Its limits; see Budget."""
         self.spent = {"candidates": 0.0, "tokens": 0.0, "hours": 0.0}
         """What the search has used of its budget: evaluations on the search split, nothing else."""
-        self.spent_later = 0.0
-        """Tokens among these that further evaluations took."""
         for entry in self.entries[Split.SEARCH].values():
             self._count(entry)
         for entry in ledger.later():
@@ -125,7 +123,6 @@ class History:
 
     def _count_later(self, entry: Entry) -> None:
         self.later[entry.candidate_id] = entry
-        self.spent_later += entry.n_tokens
         self._count_cost(entry)
 
     def _count_cost(self, entry: Entry) -> None:

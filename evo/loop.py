@@ -22,7 +22,7 @@ from evo.proxy import Proxy
 from evo.run_folder import stop_requested
 from evo.types import Candidate, Evaluation, Origin, Status
 from evo.worker import Worker
-from fitness.proxy.trial import Answered
+from fitness.proxy.trial import Trial
 from fitness.types import Split, Task
 from search_spaces.genes import Genome, SearchSpace
 
@@ -143,13 +143,12 @@ class Loop:
     def _go_on(self, *, at_the_end: bool = False) -> None:
         """Ask parked candidates the problems that are left, the most promising first, while one promises enough.
 
-        While the search goes on they get a share of its tokens; towards its end, what it takes. The optimizer is not
-        told again: it has moved on, and pycma and Optuna take one value for a proposal.
+        The optimizer is not told again: it has moved on, and pycma and Optuna take one value for a proposal.
         """
-        while not stop_requested(self._folder) and (id := self._proxy.next_parked(at_the_end=at_the_end)) is not None:
-            ask, before = self._history.asks[id], self._proxy.answered(id)
-            evaluation = self._evaluate(ask, Split.SEARCH, before=before)
-            self._record_later(ask, evaluation, f"from problem {len(before.problems) + 1}")
+        while not stop_requested(self._folder) and (found := self._proxy.next_parked(at_the_end=at_the_end)):
+            id, trial = found
+            ask, done = self._history.asks[id], len(trial.before.problems) if trial.before else 0
+            self._record_later(ask, self._evaluate(ask, Split.SEARCH, trial=trial), f"from problem {done + 1}")
             self._prove()
 
     def _tell(self, optimizer: Optimizer, entry: Entry) -> None:
@@ -187,14 +186,15 @@ class Loop:
         found = violations(evaluation, ask.origin, config.objectives, config.constraints, parents)
         return replace(evaluation, violations=found)
 
-    def _evaluate(self, ask: Ask, split: Split, *, exact: bool = False, before: Answered | None = None) -> Evaluation:
+    def _evaluate(self, ask: Ask, split: Split, *, exact: bool = False, trial: Trial | None = None) -> Evaluation:
         if self._worker is None:  # loading a model takes long, and a finished run needs none
             self._worker = build_worker(self._config, self._task, self._history.batch_size)
         recipe = ask.recipe_in(lambda: self._space)
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         searched = ask.origin is Origin.SEARCH and split is Split.SEARCH and not exact
         compressed = searched and self._config.memory.deltas != "exact"
-        trial = self._proxy.trial(before) if searched and self._config.proxy.enabled else None
+        if searched and self._config.proxy.enabled and trial is None:
+            trial = self._proxy.trial()
         evaluation = self._worker.evaluate(candidate, split, compressed=compressed, trial=trial)
         self._history.keep_batch_size(self._worker.batch_size)
         self._history.keep_caveat(self._worker.caveat)

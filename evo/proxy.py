@@ -29,11 +29,9 @@ from fitness.types import Split, Task, Verdict
 
 FIRST = 16
 """Problems before the first look, where none are chosen."""
-SHARE = 0.2
-"""Of a search's tokens, that parked candidates may take before its end is near. A front to look at meanwhile is worth
-that; more would be lost on candidates that later ones beat (experiments/proxy)."""
-
-
+MEANWHILE = 0.02
+"""Share of the hypervolume's box that a parked candidate must promise to go on before the search is near its end. There
+is a front to look at then, and little is spent on candidates that later ones beat (experiments/proxy)."""
 CLOSING = 0.25
 """The last share of a budget of tokens or hours, in which parked candidates come before new ones."""
 
@@ -52,13 +50,32 @@ class Proxy:
         self._losses: dict[int, NDArray[np.float64]] = {}
         self._estimates: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}  # by number of the entry
 
-    def trial(self, before: Answered | None = None) -> Trial:
-        """The rules for a candidate that is evaluated now.
+    def trial(self) -> Trial:
+        """The rules for a new candidate, which is parked after the first look."""
+        return self._trial(np.inf if self._config.proxy.gain else 0.0, None)
+
+    def next_parked(self, *, at_the_end: bool = False) -> tuple[int, Trial] | None:
+        """The parked candidate that promises most and the rules for it, if it promises enough to be asked more.
 
         Args:
-            before: what it has answered, if it was parked and goes on; a new one is parked after the first look.
+            at_the_end: whether the search proposes nothing more.
         """
-        members, gain = self._history.front.members, self._config.proxy.gain
+        history, gain = self._history, self._config.proxy.gain
+        used = history.share_spent("tokens", "hours")
+        parked = [entry for id in history.entries[Split.SEARCH] if (entry := history.latest(id)).parked]
+        if used >= 1.0 or not parked or not gain:
+            return None
+        mean, deviation = (np.array(column) for column in zip(*map(self._estimate, parked), strict=True))
+        promised = self._promise.of(mean, deviation)
+        enough = gain if at_the_end or used >= 1.0 - CLOSING else max(gain, MEANWHILE)
+        if promised.max() < enough:
+            return None
+        entry = parked[int(promised.argmax())]
+        answered = Answered(history.score(entry), np.array(entry.detail["problems"]))
+        return entry.candidate_id, self._trial(enough, answered)
+
+    def _trial(self, enough: float, before: Answered | None) -> Trial:
+        members = self._history.front.members
         return Trial(
             objectives=self._config.objectives,
             race=self._race,
@@ -70,33 +87,9 @@ class Proxy:
             worst=worst(self._config.objectives, self._config.engine.max_tokens),
             first=self._config.proxy.chosen or FIRST,
             promise=self._promise,
-            enough=gain if before or not gain else np.inf,
+            enough=enough,
             before=before,
         )
-
-    def next_parked(self, *, at_the_end: bool = False) -> int | None:
-        """Id of the parked candidate that promises most, if it promises enough to be asked more.
-
-        Args:
-            at_the_end: whether the search proposes nothing more.
-        """
-        history = self._history
-        used = history.share_spent("tokens", "hours")
-        closing = at_the_end or used >= 1.0 - CLOSING
-        if used >= 1.0 or not (closing or history.spent_later < SHARE * history.spent["tokens"]):
-            return None
-        parked = [entry for id in history.entries[Split.SEARCH] if (entry := history.latest(id)).parked]
-        if not parked:
-            return None
-        mean, deviation = (np.array(column) for column in zip(*map(self._estimate, parked), strict=True))
-        promised = self._promise.of(mean, deviation)
-        best = int(promised.argmax())
-        return parked[best].candidate_id if promised[best] >= self._config.proxy.gain > 0 else None
-
-    def answered(self, candidate_id: int) -> Answered:
-        """What a parked candidate has answered."""
-        entry = self._history.latest(candidate_id)
-        return Answered(self._history.score(entry), np.array(entry.detail["problems"]))
 
     @property
     def _promise(self) -> Promise:

@@ -182,6 +182,8 @@ def _pace(history: History) -> str:
 def _line(event: Event, seconds: float) -> str:
     entry, history = event.entry, event.history
     where = f"{seconds:7.1f}s  {share_spent(history):4.0%}  {event.ask.name:<12}"
+    if entry.parked:
+        return f"{where} {entry.detail['reason']}"
     if entry.status is Status.PARTIAL or entry.summary is None:
         return f"{where} {'failed' if entry.status is Status.FAILED else 'stopped'}: {entry.detail.get('reason')}"
     score = entry.summary

@@ -9,7 +9,7 @@ from evo import Search
 from evo.config import Budget
 from evo.history import History
 from evo.ledger import Ledger
-from evo.proxy import CLOSING, SHARE
+from evo.proxy import CLOSING, MEANWHILE
 from evo.terminal import print_status
 from evo.tracking.generations import Record
 from evo.types import Origin, Status
@@ -81,7 +81,6 @@ def test_every_answer_is_paid_for_once(histories, capsys, runs):
     assert history.spent["tokens"] == sum(history.score(history.latest(id)).n_generated for id in ids)
     assert history.spent["candidates"] == len(ids) == 16
     assert history.spent["tokens"] < 0.9 * histories["full"].spent["tokens"]
-    assert history.spent_later == sum(e.n_tokens for e in history.later.values()) > 0
     print_status(runs["parked"].folder)
     left = sum(history.latest(id).parked for id in ids)
     assert f"proxy {left} parked, 0 stopped in the race" in capsys.readouterr().out
@@ -148,17 +147,18 @@ def test_a_budget_of_tokens_holds_for_parked_candidates_too(tmp_path):
     search.run()
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
         history, first = History(ledger), ledger.entries(Split.SEARCH)
-        again = {entry.seq for entry in ledger.later()}
-        costs = sorted((entry.seq, entry.n_tokens) for entry in (*first, *ledger.later()))
+        later = {entry.seq: entry for entry in ledger.later()}
+        costs = sorted((entry.seq, entry.n_tokens) for entry in (*first, *later.values()))
     assert 16000 <= history.spent["tokens"] < 16000 + max(cost for _, cost in costs)
-    spent = later = n_closing = 0
-    for seq, cost in costs:  # each that went on had its share left, or came when the end was near
-        if seq in again:
-            assert later < SHARE * spent or spent >= (1 - CLOSING) * 16000
-            n_closing += later >= SHARE * spent
-            later += cost
+    promised = {entry.candidate_id: entry.detail.get("promise") for entry in first}  # a front that grows lowers it
+    spent, n_closing = 0, 0
+    for seq, cost in costs:
+        if seq in later:
+            n_closing += spent >= (1 - CLOSING) * 16000
+            assert promised[later[seq].candidate_id] >= MEANWHILE or spent >= (1 - CLOSING) * 16000
+            promised[later[seq].candidate_id] = later[seq].detail.get("promise")
         spent += cost
-    assert again and n_closing
+    assert n_closing
 
 
 def test_an_extended_search_asks_on_who_was_parked_before(tmp_path):

@@ -22,7 +22,7 @@ from study import Study
 from ways import Outcome, evo_l2s, merge3, oracle, proxied
 
 from evo.config import ProxyConfig
-from evo.proxy import SHARE
+from evo.proxy import MEANWHILE
 from fitness.proxy import racing
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ RECORDING = HERE / "recording.npz"
 SEEDS = range(20)
 AS_IT_COMES = ProxyConfig.model_validate({})
 DEFAULT = {name: getattr(AS_IT_COMES, name) for name in ("chosen", "tolerance", "alpha", "gain")}
-DEFAULT |= {"share": SHARE, "line_points": 3}
+DEFAULT |= {"meanwhile": MEANWHILE, "line_points": 3}
 CHOSEN = (16, 32, 48)
 GAINS = (3e-3, 1e-3, 1e-4, 2e-5, 5e-6)
 TOLERANCES = (0.01, 0.02, 0.04)
@@ -93,8 +93,8 @@ def main() -> None:
     results["changed"] = [
         proxy(line_points=9),
         proxy(chosen=0),
-        proxy(share=0.0),
-        proxy(share=0.5),
+        proxy(meanwhile=1.0),
+        proxy(meanwhile=0.005),
         proxy(alpha=0.5),
         proxy(tolerance=0.02),
     ]

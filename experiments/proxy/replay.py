@@ -36,7 +36,7 @@ class Replay:
         chosen: problems; 0 for none.
         tolerance: see evo.config.ProxyConfig, like the next two.
         alpha: of the race.
-        gain: that must be expected of a parked candidate.
+        parks: whether candidates are parked, or race to the end.
         seconds: of a block, from its tokens.
     """
 
@@ -50,12 +50,12 @@ class Replay:
         chosen: int,
         tolerance: float,
         alpha: float,
-        gain: float,
+        parks: bool,
         seconds: Callable[[Floats], float],
     ) -> None:
         n_candidates, n_problems = pool.losses.shape[:2]
         floor = np.stack([np.zeros(n_problems), references[:, :, 1].min(axis=0)], axis=1)
-        self._losses, self._box, self._tolerance, self._gain = pool.losses, box, tolerance * box, gain
+        self._losses, self._box, self._tolerance, self._parks = pool.losses, box, tolerance * box, parks
         self._order = choose(references, chosen, seed)
         self._ends, self._seconds = looks(chosen or 16, n_problems), seconds
         self._race, self._estimator = Race(self._order, self._tolerance, floor, alpha), Kriging(references)
@@ -74,21 +74,21 @@ class Replay:
     def propose(self, i: int) -> None:
         """A new candidate: parked at the first look, if any are."""
         self._look(i)
-        while self._state[i] is State.OPEN and not self._gain:
+        while self._state[i] is State.OPEN and not self._parks:
             self._look(i)
 
-    def go_on(self) -> bool:
-        """The most promising parked candidate, as far as it keeps its promise; whether there was one."""
+    def go_on(self, enough: float) -> bool:
+        """The most promising parked candidate, while it promises enough; whether there was one."""
         parked = np.flatnonzero((self._state == State.OPEN) & (self._n_asked > 0))
-        if not len(parked) or not self._gain:
+        if not len(parked):
             return False
         promised = self._promise(parked)
-        if promised.max() < self._gain:
+        if promised.max() < enough:
             return False
         i = int(parked[promised.argmax()])
         before = self.tokens[i]
         self._judge(i)  # the front has moved since
-        while self._state[i] is State.OPEN and self._promise(np.array([i]))[0] >= self._gain:
+        while self._state[i] is State.OPEN and self._promise(np.array([i]))[0] >= enough:
             self._look(i)
         self.tokens_later += self.tokens[i] - before
         return True

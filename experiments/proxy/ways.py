@@ -55,18 +55,18 @@ def proxied(
     tolerance: float,
     alpha: float,
     gain: float,
-    share: float,
+    meanwhile: float,
 ) -> Outcome:
-    """Chosen problems, the race, and parked candidates that go on: `share` of the tokens before the end is theirs."""
-    settings = {"chosen": chosen, "tolerance": tolerance, "alpha": alpha, "gain": gain}
+    """Chosen problems, the race, and parked candidates that go on; before the end if they promise `meanwhile`."""
+    settings = {"chosen": chosen, "tolerance": tolerance, "alpha": alpha, "parks": gain > 0}
     replay = Replay(pool, references, box, seed, **settings, seconds=clock(pool))  # type: ignore[arg-type]
     of_references, of_all = references[:, :, 1].sum(), pool.losses[:, :, 1].sum()
     for i in range(len(pool.losses)):
         replay.propose(i)
-        while replay.tokens_later < share * (of_references + replay.tokens.sum()) and replay.go_on():
+        while replay.go_on(max(gain, meanwhile)):
             pass
-    meanwhile = replay.tokens_later
-    while replay.go_on():
+    before_the_end = replay.tokens_later
+    while replay.go_on(gain):
         pass
     errors = (replay.estimates - pool.losses.mean(axis=1)) / np.maximum(replay.deviations, 1e-9)
     n = len(pool.losses)
@@ -74,8 +74,8 @@ def proxied(
         replay.tokens, of_references, replay.estimates, replay.members.mean(axis=1), replay.seconds_spent,
         (("full_share", replay.share_of(State.FULL)), ("stopped_share", replay.share_of(State.STOPPED)),
          ("wrongly_stopped_share", replay.n_wrong / n), ("decision_seconds", replay.decision_seconds / n),
-         ("references_fraction", of_references / of_all), ("going_on_fraction", meanwhile / of_all),
-         ("at_the_end_fraction", (replay.tokens_later - meanwhile) / of_all),
+         ("references_fraction", of_references / of_all), ("going_on_fraction", before_the_end / of_all),
+         ("at_the_end_fraction", (replay.tokens_later - before_the_end) / of_all),
          *((f"errors_in_deviations_{name}", float(np.sqrt((errors[:, m] ** 2).mean())))
            for m, name in enumerate(("accuracy", "tokens")))),
     )  # fmt: skip

@@ -126,9 +126,10 @@ class Trial:
         promised = float(self.promise.of(mean[None], deviation[None])[0])
         if promised >= self.enough:
             return None
-        n_problems = len(self.race.order.problems)
+        told = ", ".join(f"{name} {value:.3g}" for name, value in zip(self.objectives, mean, strict=True))
         return Stop(
-            f"parked after {len(problems)} of {n_problems} problems: a gain of {promised:.2g} of the box is expected",
+            f"parked after {len(problems)} of {len(self.race.order.problems)} problems: {told} are estimated, and a "
+            f"gain of {promised:.2g} of the hypervolume's box is expected",
             mean,
             promise=promised,
         )
