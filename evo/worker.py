@@ -144,7 +144,7 @@ class Worker:
         before = trial.before if trial else None
         parts = [before.score] if before else []
         asked = before.problems if before else np.zeros(0, np.int64)
-        if trial and before and (stop := trial.judge(before.score, asked)):
+        if trial and before and (stop := trial.beaten(before.score, asked)):
             return _Answers(before.score, [], asked, stop, 0)  # the front has moved since
         reason, n_forced = trial.screen.unlikely(self._engine) if trial and not before else (None, 0)
         if trial and reason:

@@ -102,15 +102,11 @@ class Trial:
             return Stop(f"collapsed: {reason}", self.worst)
         if len(problems) < self.first:
             return None
+        return self.beaten(score, problems) or self._parked(per_problem(score, self.objectives), problems)
+
+    def beaten(self, score: Score, problems: NDArray[np.int64]) -> Stop | None:
+        """Whether the race is lost; arguments as there."""
         seen = per_problem(score, self.objectives)
-        return self._beaten(seen, problems) or self._parked(seen, problems)
-
-    def paired(self, seen: Floats, problems: NDArray[np.int64], member: Floats) -> Floats:
-        """The member's losses plus the estimated difference to it, (M,)."""
-        difference = self.estimator.estimate(problems, seen) - self.estimator.estimate(problems, member[problems])
-        return np.asarray(member.mean(axis=0) + difference)
-
-    def _beaten(self, seen: Floats, problems: NDArray[np.int64]) -> Stop | None:
         found = self.race.beaten_by(seen, self.members) if self.racing else None
         if found is None:
             return None
@@ -120,6 +116,11 @@ class Trial:
             np.maximum(self.paired(seen, problems, member), member.mean(axis=0)),
             member=self.ids[found],
         )
+
+    def paired(self, seen: Floats, problems: NDArray[np.int64], member: Floats) -> Floats:
+        """The member's losses plus the estimated difference to it, (M,)."""
+        difference = self.estimator.estimate(problems, seen) - self.estimator.estimate(problems, member[problems])
+        return np.asarray(member.mean(axis=0) + difference)
 
     def _parked(self, seen: Floats, problems: NDArray[np.int64]) -> Stop | None:
         mean, deviation = self.estimator.estimate(problems, seen), self.estimator.deviation(problems, seen)
