@@ -14,7 +14,7 @@ from evo.terminal import print_status
 from evo.tracking.generations import Record
 from evo.types import Origin, Status
 from fitness.types import Split
-from tests.test_proxy_search import N, of_search, write_config
+from tests.test_proxy_search import N, of_search, opened, write_config
 from tests.test_search import events
 
 GAIN = 0.002
@@ -35,10 +35,8 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def histories(runs):
-    ledgers = {name: Ledger.open(search.folder, read_only=True) for name, search in runs.items()}
-    yield {name: History(ledger) for name, ledger in ledgers.items()}
-    for ledger in ledgers.values():
-        ledger.close()
+    with opened(runs) as found:
+        yield found
 
 
 def test_every_candidate_is_parked_first_and_told_by_its_estimate(histories):

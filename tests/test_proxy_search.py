@@ -1,6 +1,6 @@
 """Whole searches with the proxy, beside the same candidates without it."""
 
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -53,12 +53,19 @@ def runs(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def histories(runs):
+@contextmanager
+def opened(runs):
+    """Name -> history of a run."""
     ledgers = {name: Ledger.open(search.folder, read_only=True) for name, search in runs.items()}
     yield {name: History(ledger) for name, ledger in ledgers.items()}
     for ledger in ledgers.values():
         ledger.close()
+
+
+@pytest.fixture(scope="module")
+def histories(runs):
+    with opened(runs) as found:
+        yield found
 
 
 def of_search(history):
