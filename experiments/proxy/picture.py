@@ -10,17 +10,22 @@ import numpy as np
 
 def table(results: dict[str, Any]) -> str:
     """The README's first table."""
-    rows = {"as it comes": results}
-    rows |= {f"proxy, {r['chosen']} chosen, gain {r['gain']:g}": r for r in results["curve"]}
+    rows = {f"**as it comes ({_chosen(results['settings'])})**": results}
+    rows |= {_chosen(r): r for r in results["curve"]}
     rows |= {f"race alone, tolerance {r['tolerance']:g}": r for r in results["race_alone"]}
     for changes in results["changed"]:
         name = next(key for key in results["settings"] if key in changes)
-        rows[f"proxy, {name} {changes[name]:g}"] = changes
-    rows |= {"oracle": results["oracle"]}
-    rows |= {f"{name}, {n} problems": r for name in ("evo_l2s", "merge3") for n, r in results[name].items()}
-    rows |= {f"as it comes, {n} problems in all": r for n, r in results["by_size"].items()}
+        rows[f"as it comes, but {name.replace('_', ' ')} {changes[name]:g}"] = changes
     rows |= {f"as it comes, search {i}": r for i, r in enumerate(results["by_search"])}
+    rows |= {f"as it comes, {n} problems in all": r for n, r in results["by_size"].items()}
+    rows |= {"*oracle of a race*": results["oracle"]}
+    titles = {"evo_l2s": "Evo-L2S", "merge3": "MERGE3's estimator"}
+    rows |= {f"{title}, {n} problems": r for name, title in titles.items() for n, r in results[name].items()}
     return "\n".join(f"| {name} | {' | '.join(_cells(row))} |" for name, row in rows.items())
+
+
+def _chosen(settings: dict[str, Any]) -> str:
+    return f"{settings['chosen']} chosen, gain {settings['gain']:g}".replace("e-0", "e-")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
