@@ -194,6 +194,8 @@ class Ledger:
             raise LedgerError(f"{folder / FILE} is damaged: {error}") from error
         if version not in range(1, FORMAT + 1):
             raise LedgerError(f"{folder / FILE} has format {version}; this version reads formats 1 to {FORMAT}")
+        if not read_only and version < FORMAT:
+            ledger.set_meta("format", FORMAT)  # what is appended from now on, an older version cannot read
         return ledger
 
     def close(self) -> None:

@@ -6,12 +6,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from evo.ledger import FILE, Ledger, LedgerError, exists
+from evo.ledger import FILE, FORMAT, Ledger, LedgerError, exists
 from evo.types import Candidate, Evaluation, Origin, Status
 from fitness.types import Score, Split
 from search_spaces.recipe import Recipe, Rule, Source
@@ -114,6 +115,12 @@ class TestRefused:
         (tmp_path / FILE).write_bytes(b"not a database, but long enough to look" * 40)
         with pytest.raises(LedgerError, match="not a ledger"):
             Ledger.open(tmp_path)
+
+    def test_an_older_format_is_read_as_it_is_and_renewed_before_it_is_appended_to(self, ledger, tmp_path):
+        ledger.set_meta("format", 2)
+        for read_only, found in ((True, 2), (False, FORMAT)):
+            with closing(Ledger.open(tmp_path, read_only=read_only)) as again:
+                assert again.meta("format") == found
 
     def test_a_newer_format(self, ledger, tmp_path):
         ledger.set_meta("format", 99)

@@ -159,6 +159,18 @@ def test_a_budget_of_tokens_holds_for_parked_candidates_too(tmp_path):
     assert n_closing
 
 
+def test_who_goes_on_with_compressed_donors_joins_the_front_by_an_exact_score(tmp_path):
+    path = write_config(tmp_path, proxy={"gain": GAIN}, candidates=12)
+    path.write_text(path.read_text() + "memory: {deltas: int4}\n")
+    search = Search.from_yaml(path, tmp_path / "run")
+    front = search.run()
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        later = ledger.later()
+    assert not front.unproven and all(row.search.exact for row in front.members)
+    found = [row.ask.id for row in front.members if row.ask.origin is Origin.SEARCH]
+    assert found and {(id, False) for id in found} < {(e.candidate_id, e.exact) for e in later if e.measured}
+
+
 def test_an_extended_search_asks_on_who_was_parked_before(tmp_path):
     path = write_config(tmp_path, proxy={"gain": 0.9}, candidates=9)
     search = Search.from_yaml(path, tmp_path / "run")
