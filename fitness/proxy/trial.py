@@ -129,8 +129,8 @@ class Trial:
             return None
         told = ", ".join(f"{name} {value:.3g}" for name, value in zip(self.objectives, mean, strict=True))
         return Stop(
-            f"parked after {len(problems)} of {len(self.race.order.problems)} problems: {told} are estimated, and a "
-            f"gain of {promised:.2g} of the hypervolume's box is expected",
+            f"parked after {len(problems)} of {len(self.race.order.problems)} problems: {told} estimated, "
+            f"promises {promised:.2g} of the box",
             mean,
             promise=promised,
         )
