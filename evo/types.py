@@ -32,7 +32,7 @@ class Status(StrEnum):
     FAILED = "failed"
     """Could not be measured; `detail` says why. Never on a front."""
     PARTIAL = "partial"
-    """Stopped by the proxy before all problems were asked; losses are an estimate. Never on a front."""
+    """Stopped or parked by the proxy before all problems were asked; losses are an estimate. Never on a front."""
 
 
 @dataclass(frozen=True)
