@@ -40,7 +40,7 @@ def violations(
         return {}
     accuracy = evaluation.score.accuracy
     if evaluation.status is Status.PARTIAL and "error" in objectives:
-        accuracy = 1.0 - float(evaluation.losses[list(objectives).index("error")])
+        accuracy = 1.0 - float(evaluation.losses[objectives.index("error")])
     found = {"truncated": evaluation.score.truncated - constraints.max_truncated}
     if origin is not Origin.PARENT:
         found["accuracy"] = accuracy_floor(constraints, parents) - accuracy

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evo.ledger import Ask, Entry, Ledger
+from evo.ledger import Ask, Entry, Ledger, holding
 from evo.pareto import Scale, knee, nondominated
 from evo.types import Origin
 from fitness.types import Split
@@ -135,27 +135,24 @@ class Front:
 def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
     """The front of a run, or as it stood after a generation."""
     held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
-    entries, later = ledger.entries(Split.SEARCH), {entry.candidate_id: entry for entry in ledger.later()}
+    later = ledger.later()  # before the first ones, so that each has its own
+    entries = holding(ledger.entries(Split.SEARCH), later)
     asks = ledger.asks()  # last: a live run may add to all of them meanwhile
-    rows = rows_of(entries, later, asks, held_out)
+    rows = rows_of(entries, asks, held_out)
     if until_generation is not None:
         rows = [row for row in rows if row.ask.generation <= until_generation]
     return front_of(rows, tuple(ledger.meta("config")["objectives"]))
 
 
-def rows_of(
-    entries: Iterable[Entry], later: Mapping[int, Entry], asks: Sequence[Ask], held_out: Mapping[int, Entry]
-) -> list[Row]:
-    """Rows of the candidates that have scores on all problems, by their last evaluations.
+def rows_of(entries: Iterable[Entry], asks: Sequence[Ask], held_out: Mapping[int, Entry]) -> list[Row]:
+    """Rows of the candidates that have scores on all problems.
 
     Args:
-        entries: first ones on the search split.
-        later: candidate id -> its last one, where it is not the first.
+        entries: on the search split, those that hold.
         asks: candidate id -> its ask.
         held_out: candidate id -> its evaluation on the held-out split.
     """
-    last = (later.get(entry.candidate_id, entry) for entry in entries)
-    return [Row(asks[e.candidate_id], e, held_out.get(e.candidate_id)) for e in last if e.measured]
+    return [Row(asks[e.candidate_id], e, held_out.get(e.candidate_id)) for e in entries if e.measured]
 
 
 def front_of(rows: Sequence[Row], objectives: tuple[str, ...]) -> Front:

@@ -112,10 +112,10 @@ class History:
         return max((self.spent[key] / limit for key, limit in limits.items() if not of or key in of), default=0.0)
 
     def _whole_front(self) -> Front:
-        return front_of(self._rows(self.entries[Split.SEARCH].values()), self._objectives)
+        return front_of(self._rows(map(self.latest, self.entries[Split.SEARCH])), self._objectives)
 
     def _rows(self, entries: Iterable[Entry]) -> list[Row]:
-        return rows_of(entries, self.later, self.asks, self.entries[Split.HELD_OUT])
+        return rows_of(entries, self.asks, self.entries[Split.HELD_OUT])
 
     def _count(self, entry: Entry) -> None:
         self.spent["candidates"] += 1

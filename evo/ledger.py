@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +152,11 @@ class Entry:
         """Tokens that it cost: generated, and read under teacher forcing; without those of an evaluation before."""
         generated = int((self.summary or {}).get("n_generated", 0)) - int(self.detail.get("n_before", 0))
         return generated + int(self.detail.get("n_forced", 0))
+
+
+def holding(first: Iterable[Entry], later: Iterable[Entry]) -> list[Entry]:
+    """The evaluation of each candidate that holds, its last, in the order in which candidates first occur."""
+    return list({entry.candidate_id: entry for entry in (*first, *later)}.values())
 
 
 class Ledger:

@@ -146,8 +146,8 @@ class Loop:
         The optimizer is not told again: it has moved on, and pycma and Optuna take one value for a proposal.
         """
         while not stop_requested(self._folder) and (found := self._proxy.next_parked(at_the_end=at_the_end)):
-            id, trial = found
-            ask, done = self._history.asks[id], len(trial.before.problems) if trial.before else 0
+            entry, trial = found
+            ask, done = self._history.asks[entry.candidate_id], len(entry.detail["problems"])
             self._record_later(ask, self._evaluate(ask, Split.SEARCH, trial=trial), f"from problem {done + 1}")
             self._prove()
 

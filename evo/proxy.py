@@ -54,7 +54,7 @@ class Proxy:
         """The rules for a new candidate, which is parked after the first look."""
         return self._trial(np.inf if self._config.proxy.gain else 0.0, None)
 
-    def next_parked(self, *, at_the_end: bool = False) -> tuple[int, Trial] | None:
+    def next_parked(self, *, at_the_end: bool = False) -> tuple[Entry, Trial] | None:
         """The parked candidate that promises most and the rules for it, if it promises enough to be asked more.
 
         Args:
@@ -62,17 +62,21 @@ class Proxy:
         """
         history, gain = self._history, self._config.proxy.gain
         used = history.share_spent("tokens", "hours")
-        parked = [entry for id in history.entries[Split.SEARCH] if (entry := history.latest(id)).parked]
-        if used >= 1.0 or not parked or not gain:
+        if not self._config.proxy.enabled or not gain or used >= 1.0:
+            return None
+        enough = gain if at_the_end or used >= 1.0 - CLOSING else max(gain, MEANWHILE)
+        latest = map(history.latest, history.entries[Split.SEARCH])
+        # what it promised when it was parked is the most that it can promise now: the front has only grown
+        parked = [entry for entry in latest if entry.parked and entry.detail["promise"] >= enough]
+        if not parked:
             return None
         mean, deviation = (np.array(column) for column in zip(*map(self._estimate, parked), strict=True))
         promised = self._promise.of(mean, deviation)
-        enough = gain if at_the_end or used >= 1.0 - CLOSING else max(gain, MEANWHILE)
         if promised.max() < enough:
             return None
         entry = parked[int(promised.argmax())]
         answered = Answered(history.score(entry), np.array(entry.detail["problems"]))
-        return entry.candidate_id, self._trial(enough, answered)
+        return entry, self._trial(enough, answered)
 
     def _trial(self, enough: float, before: Answered | None) -> Trial:
         members = self._history.front.members

@@ -156,6 +156,12 @@ def test_looks_grow_and_end_with_the_split():
 # -- chosen problems and estimates ------------------------------------------------------------------------------
 
 
+def covariance_of(x):
+    """Of the problems, over references (R, P), as the module's docstring has it."""
+    k = np.cov(x.T)
+    return k + NUGGET * np.trace(k) / len(k) * np.eye(len(k))
+
+
 def test_kriging_is_the_conditional_mean_of_a_gaussian():
     """Against the textbook formula over all problems, summed up one by one."""
     found = references(n_problems=12)
@@ -163,8 +169,7 @@ def test_kriging_is_the_conditional_mean_of_a_gaussian():
     observed = RNG.random((3, 2)) * [1, 30]
     for m, estimate in enumerate(Kriging(found).estimate(seen, observed)):
         x = found[:, :, m]
-        k = np.cov(x.T)
-        k += NUGGET * np.trace(k) / 12 * np.eye(12)
+        k = covariance_of(x)
         everything = x.mean(0) + k[:, seen] @ np.linalg.inv(k[np.ix_(seen, seen)]) @ (observed[:, m] - x.mean(0)[seen])
         assert estimate == pytest.approx(everything.mean(), rel=1e-6)
 
@@ -189,8 +194,7 @@ def test_the_deviation_of_kriging_is_that_of_a_gaussian_whose_scale_the_candidat
     observed = RNG.random((3, 2)) * [1, 30]
     for m, deviation in enumerate(Kriging(found).deviation(seen, observed)):
         x = found[:, :, m]
-        k = np.cov(x.T)
-        k += NUGGET * np.trace(k) / 12 * np.eye(12)
+        k = covariance_of(x)
         inverse, away = np.linalg.inv(k[np.ix_(seen, seen)]), observed[:, m] - x.mean(0)[seen]
         left = k - k[:, seen] @ inverse @ k[seen]
         expected = np.sqrt(left.sum() / 144 * (away @ inverse @ away) / 3)
@@ -231,8 +235,7 @@ def test_the_first_problem_chosen_is_the_one_that_correlates_most_by_brute_force
     def variance_left(j):
         total = 0.0
         for m in range(2):
-            k = np.cov(found[:, :, m].T)
-            k += NUGGET * np.trace(k) / len(k) * np.eye(len(k))
+            k = covariance_of(found[:, :, m])
             total += (k - np.outer(k[j], k[j]) / k[j, j]).sum() / k.sum()
         return total
 

@@ -18,7 +18,6 @@ from tests.test_proxy_search import N, of_search, opened, write_config
 from tests.test_search import events
 
 GAIN = 0.002
-N_FIRST = 6
 
 
 @pytest.fixture(scope="module")

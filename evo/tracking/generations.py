@@ -13,7 +13,7 @@ from functools import cached_property
 
 from evo.config import Budget
 from evo.front import Front, Row, front_of, rows_of
-from evo.ledger import Ask, Entry, Ledger
+from evo.ledger import Ask, Entry, Ledger, holding
 from evo.types import Status
 from fitness.types import Split
 
@@ -53,9 +53,9 @@ class Record:
     def read(cls, ledger: Ledger) -> Record:
         """Read a ledger that may grow meanwhile: evaluations first, so that each has its ask."""
         held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
+        later = tuple(ledger.later())  # before the first ones, so that each has its own
         entries = tuple(ledger.entries(Split.SEARCH))
         objectives, budget = tuple(ledger.meta("config")["objectives"]), Budget.model_validate(ledger.meta("budget"))
-        later = tuple(ledger.later())
         return cls(tuple(ledger.asks()), entries, held_out, objectives, budget, later)
 
     @cached_property
@@ -74,13 +74,12 @@ class Record:
     @cached_property
     def front(self) -> Front:
         """The front as it is now."""
-        return front_of(self._rows(self.entries, self.later), self.objectives)
+        return front_of(rows_of(self.latest, self.asks, self.held_out), self.objectives)
 
     @cached_property
     def latest(self) -> tuple[Entry, ...]:
         """The evaluation of each candidate that holds."""
-        last = {entry.candidate_id: entry for entry in self.later}
-        return tuple(last.get(entry.candidate_id, entry) for entry in self.entries)
+        return tuple(holding(self.entries, self.later))
 
     @cached_property
     def last_time(self) -> float:
@@ -103,7 +102,6 @@ class Record:
         batches: dict[int, list[Entry]] = {index: [] for index in asked}
         for entry in self.entries:
             batches[self.asks[entry.candidate_id].generation].append(entry)
-        first = {entry.candidate_id: entry for entry in self.entries}
         evaluated: dict[int, Row] = {}
         kept: tuple[Row, ...] = ()  # all that the next front can depend on
         spent, done, parked = _spent((), ()), 0, False
@@ -117,7 +115,7 @@ class Record:
             while done < len(self.later) and self.later[done].seq < end:
                 done += 1
             later = self.later[start:done]
-            rows = self._rows([*batch, *(first[entry.candidate_id] for entry in later)], later)
+            rows = rows_of(holding(batch, later), self.asks, self.held_out)
             evaluated |= {row.ask.id: row for row in rows}
             spent = {key: value + spent[key] for key, value in _spent(batch, later).items()}
             front = front_of(list({row.ask.id: row for row in (*kept, *rows)}.values()), self.objectives)
@@ -125,9 +123,6 @@ class Record:
             whole = replace(front, evaluated=tuple(row for _, row in sorted(evaluated.items())))
             last = max(entry.time for entry in (*batch, *later))
             yield Generation(index, last, complete, whole, _metrics(front, batch, spent, self.objectives))
-
-    def _rows(self, entries: Sequence[Entry], later: Sequence[Entry]) -> list[Row]:
-        return rows_of(entries, {entry.candidate_id: entry for entry in later}, self.asks, self.held_out)
 
 
 def _metrics(

@@ -22,7 +22,7 @@ from record import run as search
 from recording import OBJECTIVES
 
 from evo import Search
-from evo.ledger import Entry, Ledger
+from evo.ledger import Ledger, holding
 from evo.pareto import Scale
 from evo.types import Status
 from fitness.types import Split
@@ -55,13 +55,9 @@ def judge(folder: Path) -> dict[str, Any]:
         "hypervolume": scale.hypervolume(members),
         "members": [{"accuracy": 1.0 - error, "tokens": tokens} for error, tokens in members],
         "candidates": len(searched),
-        "partial": len({e.candidate_id for e in searched if e.status is Status.PARTIAL} - _whole(later)),
+        "partial": sum(entry.status is Status.PARTIAL for entry in holding(searched, later)),
         "tokens": sum(entry.n_tokens for entry in (*searched, *later)),
     }
-
-
-def _whole(entries: list[Entry]) -> set[int]:
-    return {entry.candidate_id for entry in entries if entry.measured}
 
 
 def main() -> None:

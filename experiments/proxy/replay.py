@@ -16,6 +16,16 @@ from fitness.proxy.promise import Promise
 from fitness.proxy.racing import Race, looks
 
 
+def front(losses: Floats) -> Floats:
+    """Those of some models, (N, P, 2), whose means no other's dominate."""
+    return losses[nondominated(losses.mean(axis=1))]
+
+
+def beats_all(losses: Floats, members: Floats, tolerance: Floats) -> bool:
+    """Whether a model, (P, 2), is better than each of the members, (K, P, 2), by the tolerance in some objective."""
+    return bool((losses.mean(axis=0) < members.mean(axis=1) - tolerance).any(axis=1).all())
+
+
 class State(Enum):
     """What has become of a candidate."""
 
@@ -60,7 +70,7 @@ class Replay:
         self._ends, self._seconds = looks(chosen or 16, n_problems), seconds
         self._race, self._estimator = Race(self._order, self._tolerance, floor, alpha), Kriging(references)
         self._state, self._n_asked = np.full(n_candidates, State.OPEN), np.zeros(n_candidates, int)
-        self.members = references[nondominated(references.mean(axis=1))]
+        self.members = front(references)
         """Losses of the front's members, (K, P, 2)."""
         self.estimates, self.deviations = np.zeros((2, n_candidates, 2))
         """At the last look before the full split."""
@@ -105,8 +115,7 @@ class Replay:
         self.seconds_spent += self._seconds(block[:, 1])
         if end == self._losses.shape[1]:
             self._state[i] = State.FULL
-            members = np.concatenate([self.members, self._losses[i][None]])
-            self.members = members[nondominated(members.mean(axis=1))]
+            self.members = front(np.concatenate([self.members, self._losses[i][None]]))
         else:
             self._judge(i)
 
@@ -121,8 +130,7 @@ class Replay:
         self.decision_seconds += time.perf_counter() - start
         if beaten:
             self._state[i] = State.STOPPED
-            better = self._losses[i].mean(axis=0) < self.members.mean(axis=1) - self._tolerance
-            self.n_wrong += bool(better.any(axis=1).all())
+            self.n_wrong += beats_all(self._losses[i], self.members, self._tolerance)
 
     def _promise(self, candidates: np.ndarray) -> Floats:
         start = time.perf_counter()

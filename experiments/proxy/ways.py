@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from recording import OBJECTIVES, Floats, Pool
-from replay import Replay, State
+from replay import Replay, State, beats_all, front
 
 from evo.pareto import nondominated
 from fitness.proxy.irt import ItemResponse
@@ -58,8 +58,10 @@ def proxied(
     meanwhile: float,
 ) -> Outcome:
     """Chosen problems, the race, and parked candidates that go on; before the end if they promise `meanwhile`."""
-    settings = {"chosen": chosen, "tolerance": tolerance, "alpha": alpha, "parks": gain > 0}
-    replay = Replay(pool, references, box, seed, **settings, seconds=clock(pool))  # type: ignore[arg-type]
+    replay = Replay(
+        pool, references, box, seed,
+        chosen=chosen, tolerance=tolerance, alpha=alpha, parks=gain > 0, seconds=clock(pool),
+    )  # fmt: skip
     of_references, of_all = references[:, :, 1].sum(), pool.losses[:, :, 1].sum()
     for i in range(len(pool.losses)):
         replay.propose(i)
@@ -87,12 +89,11 @@ def oracle(pool: Pool, references: Floats, box: Floats, seed: int, *, chosen: in
     No race that decides as candidates come, with this first look and this tolerance, takes fewer tokens.
     """
     first = choose(references, chosen, seed).problems[:chosen]
-    estimator, members = Kriging(references), _front(references)
+    estimator, members = Kriging(references), front(references)
     tokens, estimates = [], []
     for losses in pool.losses:
-        better = losses.mean(axis=0) < members.mean(axis=1) - tolerance * box
-        if goes_on := bool(better.any(axis=1).all()):
-            members = _front(np.concatenate([members, losses[None]]))
+        if goes_on := beats_all(losses, members, tolerance * box):
+            members = front(np.concatenate([members, losses[None]]))
         tokens.append(losses[slice(None) if goes_on else first, 1].sum())
         estimates.append(estimator.estimate(first, losses[first]))
     return Outcome(np.array(tokens), references[:, :, 1].sum(), np.array(estimates), members.mean(axis=1))
@@ -146,7 +147,3 @@ def _representatives(
     kept = [k for k in range(n) if len(found[k])]
     problems = np.array([found[k][distance[found[k], k].argmin()] for k in kept])
     return problems, np.array([len(found[k]) for k in kept], float)
-
-
-def _front(losses: Floats) -> Floats:
-    return losses[nondominated(losses.mean(axis=1))]
