@@ -28,8 +28,8 @@ def download(text: str) -> Path:
     Raises:
         HubError: saying why it cannot be had.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     match = _ID.fullmatch(text)
     assert match, "is_id has been asked"
@@ -38,13 +38,35 @@ def download(text: str) -> Path:
             match["id"], revision=match["revision"], allow_patterns=_WANTED, ignore_patterns=_UNWANTED
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        revision = f" --revision {match['revision']}" if match["revision"] else ""
         raise HubError(
-            f"{text} has not been downloaded, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set). "
-            f"Where there is a network: hf download {match['id']}"
+            f"{text} has not been downloaded, or not all of it, and the Hub at {constants.ENDPOINT} cannot be reached "
+            f"({_first_line(error.__cause__ or error)}). Where there is a network: hf download {match['id']}{revision}"
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise HubError(f"the Hub does not give {text}: {str(error).splitlines()[0]}") from error
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the latter: hf_xet's, of a network that fails
+        raise HubError(f"the Hub does not give {text}: {_what_to_do(error, match['id'])}") from error
     return Path(folder)
+
+
+def _what_to_do(error: Exception, name: str) -> str:
+    """Why there is no download, and the remedy. The first line of the Hub's own refusals is no more than a status."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "access to it is gated. Ask for access on its page there, then log in: hf auth login, or HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it is not there, or private. Check the id; for a private one, log in: hf auth login, or HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} is there, but not that revision. Expected a branch, a tag or a whole commit hash after the @"
+    if isinstance(error, ValueError):
+        return _first_line(error)
+    return f"{_first_line(error)}. Whole files that have arrived are kept: try again for the others"
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a message that has words, or what kind of error it is."""
+    lines = (line.strip(" .") for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def locate(path: Path, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -62,10 +61,12 @@ class Merger:
             watch: told what quantising cost.
             region: rows and columns of its matrix; None for all of it.
         """
+        read: dict[int, Stored] = {}
 
-        @functools.cache
         def source(i: int) -> Stored:
-            return self._reader.read(job.sources[i], part, device, keep, region)
+            if i not in read:
+                read[i] = self._reader.read(job.sources[i], part, device, keep, region)
+            return read[i]
 
         if (rows := self._common.get(part.tensor)) is None:
             return self._merged(part, job, source, device, watch, region)

@@ -39,12 +39,20 @@ class Reader:
         kept: Collection[str],
     ) -> None:
         self._checkpoints, self._pieces, self._common, self._kept = checkpoints, pieces, common, kept
+        self._there: dict[tuple[str, Part, torch.device], Stored] = {}
+        """Whole parts that stay where they are merged, for which nothing is left to do."""
 
     def read(self, source: str, part: Part, device: torch.device, keep: bool, region: Region | None = None) -> Stored:
         """A part of a source, or no more than a region of it. `keep` lets it stay for the next candidate."""
         keep = keep and source in self._kept
+        stays = keep and region is None and self._pieces.stay_on(device)
+        if stays and (stored := self._there.get((source, part, device))):
+            return stored
         pieces = (self._pieces.read(piece, device, keep=keep) for piece in self._wanted(source, part, region))
-        return Stored(self._checkpoints[source].entries[part.tensor].encoding, tuple(pieces))
+        stored = Stored(self._checkpoints[source].entries[part.tensor].encoding, tuple(pieces))
+        if stays:
+            self._there[source, part, device] = stored
+        return stored
 
     def whole(self, part: Part, device: torch.device) -> Callable[[str], Operand]:
         """Reads sources of a part as a whole, to be measured; nothing is kept beyond that."""
@@ -57,7 +65,9 @@ class Reader:
         return read
 
     def prefetch(self, following: Iterable[Wanted]) -> None:
-        """Begin to bring what will be merged next to where it is merged."""
+        """Begin to bring what will be merged next to where it is merged, where that takes a copy."""
+        if not self._pieces.prefetches:
+            return
         wanted = [
             (piece, device)
             for source, part, device, region in following

@@ -107,6 +107,15 @@ class Pieces:
         """What is merged now, and what is merged next."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    def stay_on(self, device: torch.device) -> bool:
+        """Whether what is read and kept is read once only, and then is on the device."""
+        return self._residency is Residency.DEVICE or (self._residency is Residency.DISK and device.type == "cpu")
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether there is anything to gain by saying beforehand what is wanted."""
+        return self._residency is Residency.PINNED
+
     def read(self, piece: Piece, device: torch.device, *, keep: bool = True) -> Tensor:
         """A piece on a device. `keep` lets it stay for the next candidate."""
         if not keep:
@@ -118,9 +127,7 @@ class Pieces:
         return piece.of(self._keep(piece, device)).to(device, non_blocking=True)
 
     def prefetch(self, wanted: Sequence[tuple[Piece, torch.device]]) -> None:
-        """Begin to copy from pinned memory what is wanted after the next reads; does nothing for other residencies."""
-        if self._residency is not Residency.PINNED:
-            return
+        """Begin to copy from pinned memory what is wanted after the next reads."""
         buffer: _Buffer = {}
         for piece, device in wanted:
             host = piece.of(self._keep(piece, device))

@@ -1,6 +1,7 @@
 """Compiled loops have the bits of merges on tensors, and candidates share them."""
 
 import logging
+import platform
 
 import pytest
 import torch
@@ -60,6 +61,24 @@ def test_same_bits(name):
     found = torch.empty_like(merge.base)
     loop_of(merge).run(found)
     assert torch.equal(bits(found), bits(on_tensors(merge)))
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the other path is for processors of this kind")
+def test_same_bits_where_tables_do_not_fit_into_registers(monkeypatch):
+    monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-mno-avx512f"))
+    monkeypatch.setattr(kernels, "_loops", {})
+    test_same_bits("della")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_a_number_stays_so(dtype):
+    merge = part_merge("della", dtype)
+    merge.base[0, :64], merge.donors[0][0, :32] = torch.inf, -torch.inf
+    found = torch.empty_like(merge.base)
+    loop_of(merge).run(found)
+    assert torch.equal(found.isnan(), on_tensors(merge).isnan()) and found.isnan().sum() >= 64
 
 
 @needs_compiler

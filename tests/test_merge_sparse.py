@@ -158,8 +158,16 @@ class TestDella:
 
     def test_table_of_ranks_has_the_mean_of_ranks(self):
         stats = ranks_by_magnitude([self.TAU], torch.zeros_like(self.TAU))
+        relative = (self.TAU.abs() / self.TAU.abs().mean(1, keepdim=True)).double().numpy().ravel()
         assert stats.rows.shape == (self.ROWS, 1)
-        assert torch.allclose(stats.rows[:, 0], 1.0 / self.TAU.abs().mean(1), rtol=1e-5)
+        assert torch.allclose(stats.rows[:, 0] * 32.0, 1.0 / self.TAU.abs().mean(1), rtol=1e-5)
+        fraction, exponent = np.frexp(relative)  # relative = fraction * 2^exponent, fraction in [1/2, 1)
+        bucket = np.clip((exponent + 9) * 4 + np.floor((fraction - 0.5) * 8).astype(int), 0, 63)
+        ranks = np.empty(relative.size)
+        ranks[np.argsort(relative)] = (np.arange(relative.size) + 0.5) / relative.size
+        assert len(np.unique(bucket)) > 40
+        for b in np.unique(bucket):
+            assert float(stats.whole[b]) == pytest.approx(ranks[bucket == b].mean(), abs=2e-5)
 
     @pytest.mark.parametrize(("density", "rate"), [(0.0, 0.0), (0.05, 0.05), (0.95, 0.95), (1.0, 1.0)])
     def test_epsilon_is_narrowed_at_the_ends(self, density, rate):

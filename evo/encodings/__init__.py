@@ -11,6 +11,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -119,7 +120,7 @@ class Stored:
         """Shape of the tensor that it stands for."""
         return self.encoding.shape(self.pieces)
 
-    @property
+    @cached_property
     def operand(self) -> Operand:
         """What a merge reads."""
         return self.encoding.operand(self.pieces)

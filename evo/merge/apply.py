@@ -22,7 +22,7 @@ FUSE_FROM_ELEMENTS = 1 << 16
 _CHECKED_ELEMENTS = 1 << 18
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class PartMerge:
     """A merge of one part, or of a region of it.
 

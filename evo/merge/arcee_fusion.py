@@ -29,7 +29,7 @@ def arcee_fusion(
 def _fused(tau: Tensor, stats: Stats) -> Tensor:
     assert stats.rows is not None
     importance = tau.abs().mul_(stats.rows)
-    return tau.mul_(torch.ge(importance, stats.whole, out=torch.empty_like(importance)))
+    return tau.mul_(importance.ge_(stats.whole))
 
 
 def threshold(donors: Sequence[Tensor], base: Tensor) -> Stats:

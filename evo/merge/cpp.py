@@ -1,4 +1,4 @@
-"""The C++ of a tape: one loop over the elements.
+"""The C++ of a tape: strips of elements; in each a loop over them, and before it what they look up in tables.
 
 Every operation is rounded by itself to float32, one after the other, as torch does it on tensors, so the loop has the
 bits of the merge. Knows no compiler.
@@ -20,7 +20,7 @@ _EXPRESSIONS = {
     "noise": "(float)(int32_t)u{0}.halves[c + odd] * 0x1p-16f",
     "scalar": "s[{0}]",
     "row": "t[{0}][r]",
-    "gather": "t{0}[v{1}]",
+    "gather": "found{0}[c]",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
     "mul": "v{0} * v{1}",
@@ -30,6 +30,7 @@ _EXPRESSIONS = {
     "le": "v{0} <= v{1} ? 1.0f : 0.0f",
     "lt": "v{0} < v{1} ? 1.0f : 0.0f",
     "eq": "v{0} == v{1} ? 1.0f : 0.0f",
+    "copysign": "std::copysign(v{0}, v{1})",
     "clamp_min": "v{0} < v{1} ? v{1} : v{0}",
     "clamp_max": "v{0} > v{1} ? v{1} : v{0}",
     "hardshrink": "std::fabs(v{0}) <= v{1} ? 0.0f : v{0}",
@@ -39,10 +40,13 @@ _EXPRESSIONS = {
     "square": "v{0} * v{0}",
     "bits": "bits_of(v{0})",
     "shift": "v{0} >> {1}",
-    "minus": "v{0} - {1}",
-    "between": "v{0} < {1} ? {1} : v{0} > {2} ? {2} : v{0}",
+    "and": "v{0} & {1}",
 }
-_INTEGERS = ("bits", "shift", "minus", "between")
+_PLACES = {"scalar": "call", "row": "strip"}
+"""Where what does not change from element to element is computed."""
+_N_NODES = {"input": 0, "noise": 0, "gather": 0, "shift": 1, "and": 1}
+"""How many of an operation's operands are nodes computed in the same loop; all, where it is not named."""
+_INTEGERS = ("bits", "shift", "and")
 
 
 def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
@@ -52,31 +56,48 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
         nodes: operations, the last of which names the result.
         dtypes: of the inputs, then of the result.
     """
-    lines: dict[str, list[str]] = {"call": [], "strip": [], "element": []}
+    lines: dict[str, list[str]] = {"call": [], "strip": []}
     for i, dtype in enumerate(dtypes[:-1]):
         lines["strip"].append(f"const {STORED[dtype]}* __restrict x{i} = (const {STORED[dtype]}*)x[{i}] + i;")
-    for v, (operation, *operands) in enumerate(nodes[:-1]):
+    for v, (operation, *operands) in enumerate(nodes):
         if operation == "noise":
             lines["strip"].append(f"hashes u{operands[0]}; fill(u{operands[0]}, (uint32_t)(i >> 1), k[{operands[0]}]);")
-        if operation == "gather":
-            lines["call"].append(f"const float* __restrict t{operands[0]} = t[{operands[0]}];")
-        place = {"scalar": "call", "row": "strip"}.get(operation, "element")
-        kind = "int32_t" if operation in _INTEGERS else "float"
-        lines[place].append(f"const {kind} v{v} = {_EXPRESSIONS[operation].format(*operands)};")
-    lines["strip"].append(f"{STORED[dtypes[-1]]}* __restrict y = ({STORED[dtypes[-1]]}*)out + (i - begin);")
-    lines["element"].append(f"store(y + c, v{nodes[-1][1]});")
+        elif operation in _PLACES:
+            lines[_PLACES[operation]].append(f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
+    if looked_up := {node[1]: nodes[node[2]][1] for node in nodes if node[0] == "gather"}:  # table -> uncut index
+        lines["strip"] += [f"int32_t index{t}[STRIP]; float found{t}[STRIP];" for t in looked_up]
+        lines["strip"] += _loop(nodes, [*looked_up.values()], [f"index{t}[c] = v{v};" for t, v in looked_up.items()])
+        lines["strip"] += [f"look_up(t[{t}], index{t}, width, found{t});" for t in looked_up]
+    result, kind = nodes[-1][1], STORED[dtypes[-1]]
+    lines["strip"].append(f"{kind}* __restrict y = ({kind}*)out + (i - begin);")
+    lines["strip"] += _loop(nodes, [result], [f"store(y + c, v{result});"])
     return _SOURCE % {place: "\n".join(found) for place, found in lines.items()}
+
+
+def _loop(nodes: Sequence[Node], targets: Sequence[int], uses: Sequence[str]) -> list[str]:
+    """A loop over a strip that computes some nodes from those that they depend on, and uses them."""
+    wanted, lines = set(targets), [*uses, "}"]
+    for v in range(max(targets), -1, -1):
+        operation, *operands = nodes[v]
+        if v in wanted and operation not in _PLACES:
+            kind = "int32_t" if operation in _INTEGERS else "float"
+            lines.insert(0, f"const {kind} v{v} = {_EXPRESSIONS[operation].format(*operands)};")
+            wanted.update(operands[: _N_NODES.get(operation, 2)])
+    return ["#pragma GCC ivdep", "for (int32_t c = 0; c < width; ++c) {", *lines]
 
 
 _SOURCE = """
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 using half = _Float16;
 struct bfloat16 { uint16_t bits; };
 struct key { uint32_t words[2]; };
-enum { STRIP = 1024 };
+enum { STRIP = 256 };
 
 static inline int32_t bits_of(float x) { int32_t b; std::memcpy(&b, &x, 4); return b; }
 static inline float float_of(float x) { return x; }
@@ -91,7 +112,7 @@ static inline void store(float* to, float x) { *to = x; }
 static inline void store(half* to, float x) { *to = (half)x; }
 static inline void store(bfloat16* to, float x) {
   const uint32_t b = (uint32_t)bits_of(x);
-  to->bits = x == x ? (uint16_t)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16) : (uint16_t)0x7fc0;
+  to->bits = (uint16_t)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);  // not-a-number stays so: its last bits are zeros
 }
 
 // Hashes first, first + 1, ... of a stream, as in noise.py; each makes two numbers of 16 bits.
@@ -105,6 +126,22 @@ static inline void fill(hashes& to, uint32_t first, key k) {
   }
 }
 
+// The numbers of a table that the last six bits of each index name. Tables of 64 numbers fit into registers.
+static inline void look_up(const float* table, const int32_t* index, int32_t n, float* __restrict found) {
+#ifdef __AVX512F__
+  const __m512 a = _mm512_loadu_ps(table), b = _mm512_loadu_ps(table + 16);
+  const __m512 c = _mm512_loadu_ps(table + 32), d = _mm512_loadu_ps(table + 48);
+  for (int32_t j = 0; j < n; j += 16) {  // may go on after n: strips are multiples of 16
+    const __m512i i = _mm512_loadu_si512(index + j);
+    const __mmask16 upper = _mm512_test_epi32_mask(i, _mm512_set1_epi32(32));
+    const __m512 low = _mm512_permutex2var_ps(a, i, b), high = _mm512_permutex2var_ps(c, i, d);
+    _mm512_storeu_ps(found + j, _mm512_mask_blend_ps(upper, low, high));
+  }
+#else
+  for (int32_t j = 0; j < n; ++j) found[j] = table[index[j] & 63];
+#endif
+}
+
 // Elements begin to end - 1 of matrices with n_columns; `out` is where element `begin` goes.
 extern "C" void merge(const void* const* x, void* out, const float* s, const float* const* t, const key* k,
                       int64_t begin, int64_t end, int64_t n_columns) {
@@ -114,10 +151,6 @@ const int64_t r = i / n_columns, left = (r + 1) * n_columns - i, most = end - i 
 const int32_t width = most < STRIP ? (int32_t)most : STRIP, odd = i & 1;
 stop = i + width;
 %(strip)s
-#pragma GCC ivdep
-for (int32_t c = 0; c < width; ++c) {
-%(element)s
-}
 }
 }
 """

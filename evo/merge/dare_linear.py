@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from evo.merge import Method
@@ -34,7 +33,7 @@ def dare(
 
 
 def _drop(tau: Tensor, noise: Tensor, density: float, rescale: bool) -> Tensor:
-    tau.mul_(torch.lt(noise, density, out=torch.empty_like(noise)))
+    tau.mul_(noise.lt_(density))
     return tau.mul_(1.0 / density) if rescale and density > 0.0 else tau
 
 

@@ -12,10 +12,11 @@ from evo.merge.blocks import blocks
 from evo.merge.statistics import BLOCK_ELEMENTS, exact_sum, peak
 from evo.merge.task_vectors import DENSITY, EPSILON, LAMBDA, copy_of_sparse, fuse, magnitudes, switch
 
-_STEPS_PER_OCTAVE_BITS = 4
-_N_BUCKETS = 512  # 16 an octave, from 2^-24 to 2^8 times a row's mean magnitude
+_N_BUCKETS = 64  # 4 an octave, from 2^-10 to 2^6 times a row's mean magnitude: a table that fits into registers
+_SHIFT = 21  # leaves an element's exponent and two bits of its fraction
+_UNIT = 32.0  # row means that count as 1: with it the buckets' exponents end in 0000 to 1111
+_SMALLEST, _LARGEST = 2.0**-10 / _UNIT, (2.0**6 - 2.0**-17) / _UNIT  # the latter is the last float below 2
 _SMALLEST_CHANCE = 2.0**-16  # that noise can tell from none
-_LOWEST_BUCKET = (127 - 24) << _STEPS_PER_OCTAVE_BITS
 
 
 def della(
@@ -39,7 +40,7 @@ def della(
 
     Ranks of single elements would have to be sorted anew for every candidate. Instead the magnitudes of each
     row are divided by their mean, and ranks are read from one table over the whole tensor: rows are taken to
-    differ in scale, not in the shape of their distribution.
+    differ in scale, not in the shape of their distribution. Elements of one bucket share their mean rank.
     """
     taus = [
         _magprune(donor - base, measured, uniform, rho, min(half_width, rho, 1.0 - rho), bool(rescale))
@@ -53,22 +54,22 @@ def _magprune(tau: Tensor, stats: Stats, noise: Tensor, density: float, epsilon:
     if density == 0.0:
         return tau.zero_()
     chances = (stats.whole * (2.0 * epsilon)).add_(density - epsilon).clamp_min_(_SMALLEST_CHANCE)
-    chance = chances.index_select(0, _bucket(tau.abs().mul_(stats.rows))).view_as(tau)
-    tau.mul_(torch.lt(noise, chance, out=torch.empty_like(noise)))
-    return tau.div_(chance) if rescale else tau
+    gain = chances.reciprocal_().index_select(0, _bucket(tau.abs().mul_(stats.rows))).view_as(tau)
+    kept = noise.mul_(gain).lt_(1.0)  # noise < chance, without a division
+    return tau.mul_(kept).mul_(gain) if rescale else tau.mul_(kept)
 
 
 def ranks_by_magnitude(donors: Sequence[Tensor], base: Tensor) -> Stats:
     """The mean rank, from 0 to 1, of the magnitudes in each bucket.
 
     Returns:
-        whole: float32 (512,), a bucket being one of 16 intervals an octave of |tau| over its row's mean.
-        rows: float32 (R, 1), the inverse of that mean.
+        whole: float32 (64,), a bucket being one of 4 intervals an octave of |tau| over its row's mean.
+        rows: float32 (R, 1), the inverse of that mean, over 32.
     """
     (donor,) = donors
     magnitude = magnitudes(donor, base)
     sums = exact_sum(lambda block: magnitude(block).double(), base, peak(magnitude, base), by_row=True)
-    inverse = torch.where(sums > 0.0, base.shape[1] / sums, 0.0).float()[:, None]
+    inverse = torch.where(sums > 0.0, base.shape[1] / _UNIT / sums, 0.0).float()[:, None]
     counts = torch.zeros(_N_BUCKETS, dtype=torch.int64, device=base.device)
     for block in blocks(base, BLOCK_ELEMENTS):
         counts += torch.bincount(_bucket(magnitude(block).mul_(inverse[block[0]])), minlength=_N_BUCKETS)
@@ -77,9 +78,9 @@ def ranks_by_magnitude(donors: Sequence[Tensor], base: Tensor) -> Stats:
 
 
 def _bucket(relative: Tensor) -> Tensor:
-    """Bucket of each relative magnitude, int32, flat: its exponent and leading bits."""
-    bits = relative.reshape(-1).view(torch.int32) >> (23 - _STEPS_PER_OCTAVE_BITS)
-    return bits.sub_(_LOWEST_BUCKET).clamp_(0, _N_BUCKETS - 1)
+    """Bucket of each relative magnitude, int32, flat: the last bits of its exponent and the first of its fraction."""
+    bits = relative.clamp_(_SMALLEST, _LARGEST).reshape(-1).view(torch.int32) >> _SHIFT
+    return bits.bitwise_and_(_N_BUCKETS - 1)
 
 
 DELLA_LINEAR = Method(

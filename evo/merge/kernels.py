@@ -30,7 +30,10 @@ from evo.merge.tape import Node, Tape, Untraceable
 
 log = logging.getLogger("mergefront.merge")
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-shared", "-fPIC"),
+    *("-fschedule-insns", "-fsched-pressure"),  # long loops would else run out of registers
+)
 
 
 @dataclass(eq=False)
@@ -42,7 +45,7 @@ class Loop:
     """Whether it has been seen to give the bits of the merge on tensors; None before anybody has looked."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Fused:
     """A merge of one part, ready to run."""
 
@@ -127,7 +130,7 @@ def fuse(
         None where the merge has to run on tensors: no compiler, another device, dtype or layout, or an operation
         that cannot be compiled.
     """
-    if not all(t.dtype in STORED and t.is_contiguous() and t.device.type == "cpu" for t in tensors):
+    if not all(t.dtype in STORED and t.is_contiguous() and t.is_cpu for t in tensors):
         return None
     tape = Tape(len(tensors))
     noise = {"noise": [tape.symbol("noise", d) for d in range(len(tensors) - 1)]} if method.random else {}

@@ -6,6 +6,7 @@ computed, and again in the export. Only integer operations are used, whose bits 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -20,6 +21,7 @@ _SHIFTS = (16, 15)
 _LAST_SHIFT = 16
 
 
+@functools.lru_cache(1 << 16)
 def stream_key(*names: object) -> Key:
     """The stream of a place, such as (seed, donor, tensor, row)."""
     digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from evo.merge import Knob, Method, base_at_zero
@@ -15,7 +14,7 @@ def ram(donors: Sequence[Tensor], base: Tensor, coefficients: Sequence[float], *
     What one donor alone has changed is taken over whole, what several have changed is averaged over them. All
     coefficients 1 give the paper's merge; c_d scales what donor d adds to it.
     """
-    changes = [torch.hardshrink(donor - base, epsilon) for donor in donors]
+    changes = [(donor - base).hardshrink(epsilon) for donor in donors]
     merged = weighted_sum(changes, coefficients)
     n_changing = total_of([change.sign_().abs_() for change in changes])
     return merged.div_(n_changing.clamp_min_(1.0)).add_(base)

@@ -37,8 +37,7 @@ def sce(
 def _select(taus: list[Tensor], threshold: float) -> list[Tensor]:
     if threshold <= 0.0:
         return taus
-    variance = _variance(taus)
-    chosen = torch.ge(variance, threshold, out=torch.empty_like(variance))
+    chosen = _variance(taus).ge_(threshold)
     return [tau * chosen for tau in taus]
 
 

@@ -16,7 +16,10 @@ from torch import Tensor
 Node = tuple[Any, ...]
 """An operation and its operands: indices of nodes, or plain integers where the operation says so."""
 
-_BINARY = ("add", "sub", "mul", "div", "ge", "gt", "le", "lt", "eq", "clamp_min", "clamp_max", "hardshrink")
+TABLE = 64
+"""Numbers of a table in which elements are looked up."""
+
+_BINARY = ("add", "sub", "mul", "div", "ge", "gt", "le", "lt", "eq", "clamp_min", "clamp_max", "hardshrink", "copysign")
 _UNARY = ("abs", "neg", "sign", "square")
 _OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div"}
 
@@ -33,11 +36,16 @@ class Tape:
     """
 
     def __init__(self, n_inputs: int) -> None:
-        self.nodes: list[Node] = []
+        self.nodes: list[Node] = [("input", i) for i in range(n_inputs)]
         self.scalars: list[float] = []
         self.tensors: list[Tensor] = []
-        """Rows, of shape (R, 1), and tables, of shape (K,), both float32."""
-        self.inputs = [self.symbol("input", i) for i in range(n_inputs)]
+        """Rows, of shape (R, 1), and tables, of shape (64,), both float32."""
+        self._n_inputs = n_inputs
+
+    @property
+    def inputs(self) -> list[Symbol]:
+        """The base, then the donors; not held, since tapes are many and would go in circles."""
+        return [Symbol(self, i) for i in range(self._n_inputs)]
 
     def symbol(self, operation: str, *operands: int) -> Symbol:
         """The result of an operation."""
@@ -50,7 +58,8 @@ class Tape:
             return operand.node
         if isinstance(operand, int | float):
             self.scalars.append(float(operand))
-            return self.symbol("scalar", len(self.scalars) - 1).node
+            self.nodes.append(("scalar", len(self.scalars) - 1))
+            return len(self.nodes) - 1
         if isinstance(operand, Tensor) and operand.ndim == 2 and operand.shape[1] == 1:
             self.tensors.append(operand)
             return self.symbol("row", len(self.tensors) - 1).node
@@ -78,11 +87,17 @@ class Symbol:
 
     def clamp_(self, low: float, high: float) -> Symbol:
         """The same in place."""
-        return self._become(self.clamp(low, high))
+        self.node = self.clamp(low, high).node
+        return self
+
+    def fill_(self, number: float) -> Symbol:
+        """The number instead."""
+        self.node = self.tape.index(number)
+        return self
 
     def zero_(self) -> Symbol:
         """Zero."""
-        return self._become(self.tape.symbol("scalar", self.tape.nodes[self.tape.index(0.0)][1]))
+        return self.fill_(0.0)
 
     def clone(self) -> Symbol:
         """A symbol of its own."""
@@ -103,24 +118,15 @@ class Symbol:
         self.tape.nodes.append(("bits", self.node))
         return Bits(self.tape, len(self.tape.nodes) - 1)
 
-    def _become(self, other: Symbol) -> Symbol:
-        self.node = other.node
-        return self
-
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Symbol:
-        name, out = function.__name__, (kwargs or {}).pop("out", None)
-        tape: Tape = next(x for x in args if isinstance(x, Symbol | Bits)).tape
-        if name == "empty_like":
-            return Symbol(tape, -1)
-        if name == "index_select":
-            return _gather(tape, *args)
-        if kwargs or len(args) != 2 or name not in _BINARY:
-            raise Untraceable(f"cannot record torch.{name}")
-        found = tape.symbol(name, *(tape.index(x) for x in args))
-        return found if out is None else out._become(found)
+        """What is asked of a tensor, with a symbol for an argument: to look elements up."""
+        if function.__name__ != "index_select" or kwargs:
+            raise Untraceable(f"cannot record torch.{function.__name__}")
+        table, _, index = args
+        return _gather(index.tape, table, index)
 
 
 class Bits(Symbol):
@@ -131,43 +137,53 @@ class Bits(Symbol):
     def __rshift__(self, n_bits: int) -> Bits:
         return self._next("shift", n_bits)
 
-    def sub_(self, number: int) -> Bits:
-        """Minus a number."""
-        return self._next("minus", number)
-
-    def clamp_(self, low: int, high: int) -> Bits:  # type: ignore[override]
-        """Kept between two numbers."""
-        return self._next("between", low, high)
+    def bitwise_and_(self, mask: int) -> Bits:
+        """The bits of a mask."""
+        return self._next("and", mask)
 
     def _next(self, operation: str, *numbers: int) -> Bits:
         self.tape.nodes.append((operation, self.node, *numbers))
         return Bits(self.tape, len(self.tape.nodes) - 1)
 
 
-def _gather(tape: Tape, table: Tensor, dim: int, index: Bits) -> Symbol:
+def _gather(tape: Tape, table: Tensor, index: Bits) -> Symbol:
+    if table.numel() != TABLE or tape.nodes[index.node][::2] != ("and", TABLE - 1):
+        raise Untraceable(f"cannot record a look-up but in {TABLE} numbers, and by the last bits of an integer")
     tape.tensors.append(table)
     return tape.symbol("gather", len(tape.tensors) - 1, index.node)
 
 
-def _binary(name: str, swapped: bool = False) -> Callable[[Symbol, Any], Symbol]:
+def _binary(name: str, *, swapped: bool = False, in_place: bool = False) -> Callable[[Symbol, Any], Symbol]:
     def call(self: Symbol, other: Any) -> Symbol:
-        operands = (self.node, self.tape.index(other))
-        return self.tape.symbol(name, *(operands[::-1] if swapped else operands))
+        tape = self.tape
+        node = other.node if type(other) is Symbol else tape.index(other)
+        tape.nodes.append((name, node, self.node) if swapped else (name, self.node, node))
+        if not in_place:
+            return Symbol(tape, len(tape.nodes) - 1)
+        self.node = len(tape.nodes) - 1
+        return self
 
     return call
 
 
-def _in_place(function: Callable[..., Symbol]) -> Callable[..., Symbol]:
-    return lambda self, *args: self._become(function(self, *args))
+def _unary(name: str, *, in_place: bool = False) -> Callable[[Symbol], Symbol]:
+    def call(self: Symbol) -> Symbol:
+        found = self.tape.symbol(name, self.node)
+        if not in_place:
+            return found
+        self.node = found.node
+        return self
+
+    return call
 
 
 for _name in _BINARY:
     setattr(Symbol, _name, _binary(_name))
-    setattr(Symbol, f"{_name}_", _in_place(_binary(_name)))
+    setattr(Symbol, f"{_name}_", _binary(_name, in_place=True))
 for _name in _UNARY:
-    setattr(Symbol, _name, lambda self, _name=_name: self.tape.symbol(_name, self.node))
-    setattr(Symbol, f"{_name}_", _in_place(getattr(Symbol, _name)))
+    setattr(Symbol, _name, _unary(_name))
+    setattr(Symbol, f"{_name}_", _unary(_name, in_place=True))
 for _operator, _name in _OPERATORS.items():
     setattr(Symbol, f"__{_operator}__", _binary(_name))
     setattr(Symbol, f"__r{_operator}__", _binary(_name, swapped=True))
-    setattr(Symbol, f"__i{_operator}__", _in_place(_binary(_name)))
+    setattr(Symbol, f"__i{_operator}__", _binary(_name, in_place=True))

@@ -2,7 +2,7 @@
 
     result = base + lambda * sum_d w_d sparse(tau_d) [/ sum of the weights],   tau_d = donor_d - base
 
-Weights w are the coefficients. Comparisons are written as arithmetic (`hardshrink`, `clamp`, `lt` into floats):
+Weights w are the coefficients. Comparisons are written as arithmetic (`hardshrink`, `clamp`, `lt_` in floats):
 torch takes ten times longer for boolean masks.
 """
 
@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from evo.merge import Knob, Measure, Stats
@@ -87,8 +86,9 @@ def elected_sum(weighted: Sequence[Tensor], weights: Sequence[float], normalize:
 
 
 def elected_sign(tensors: Sequence[Tensor]) -> Tensor:
-    """1 where the sum of the tensors is at least 0, else -1."""
-    return total_of(tensors).ge_(0.0).mul_(2.0).sub_(1.0)
+    """1 or -1 as the sum of the tensors has it; at 0 either, since nothing is left to sum there."""
+    total = total_of(tensors)
+    return total.clone().fill_(1.0).copysign_(total)
 
 
 def total_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -101,7 +101,7 @@ def total_of(tensors: Sequence[Tensor]) -> Tensor:
 
 def at_least_something(divisor: Tensor) -> Tensor:
     """Zeros replaced by 1, in place: nobody takes part, and 0 / 1 is what is left."""
-    return divisor.add_(torch.eq(divisor, 0.0, out=torch.empty_like(divisor)))
+    return divisor.add_(divisor.clone().eq_(0.0))
 
 
 def copy_of_sparse(
@@ -120,12 +120,12 @@ def copy_of_sparse(
 
 def keep_from(tau: Tensor, smallest: float) -> Tensor:
     """The elements of at least this magnitude, zero elsewhere."""
-    return torch.hardshrink(tau, float(np.nextafter(np.float32(smallest), np.float32(-1.0))))
+    return tau.hardshrink(float(np.nextafter(np.float32(smallest), np.float32(-1.0))))
 
 
 def keep_within(tau: Tensor, smallest: float, largest: float) -> Tensor:
     """The elements with a magnitude from smallest to largest, zero elsewhere."""
-    return keep_from(tau, smallest) - torch.hardshrink(tau, largest)
+    return keep_from(tau, smallest) - tau.hardshrink(largest)
 
 
 def magnitudes(donor: Tensor, base: Tensor) -> Callable[[Block], Tensor]:
