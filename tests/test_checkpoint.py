@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from evo.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, check_compatible
+from evo.encodings.flaws import find_flaw
 from tests.conftest import make_checkpoint
 
 
@@ -249,3 +250,12 @@ class TestCompatible:
         (copy / "tokenizer.json").write_text(text.replace('"7":', '"seven":'))
         with pytest.raises(CheckpointError, match="'7', 'seven'"):
             check_compatible({"a": Checkpoint.open(moe_parents["a"]), "b": Checkpoint.open(copy)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_numbers_whose_sum_is_not_are_no_flaw(dtype):
+    largest = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert not torch.isfinite(largest.sum()) and find_flaw("x", largest) is None
+    assert find_flaw("x", torch.cat([largest, -largest, torch.tensor([torch.inf], dtype=dtype)])) == "Inf"
+    assert find_flaw("x", torch.tensor([torch.inf, -torch.inf], dtype=dtype)) == "Inf"
+    assert find_flaw("x", torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)) == "NaN"

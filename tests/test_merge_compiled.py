@@ -64,7 +64,9 @@ def test_same_bits(name):
 
 
 @needs_compiler
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the other path is for processors of this kind")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the other path is for processors of this kind"
+)
 def test_same_bits_where_tables_do_not_fit_into_registers(monkeypatch):
     monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-mno-avx512f"))
     monkeypatch.setattr(kernels, "_loops", {})
