@@ -8,10 +8,11 @@ import torch
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
-from evo.merge import METHODS, apply, get_method, kernels
+from evo.merge import METHODS, apply, cpp_loop, get_method, kernels
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import as_matrix
-from evo.merge.kernels import Fused, find_compiler, fuse
+from evo.merge.cpp_loop import find_compiler
+from evo.merge.kernels import Fused, fuse
 from evo.merge.noise import stream_key
 from evo.merge.tape import Tape
 from search_spaces.recipe import Recipe, Rule, Source
@@ -68,7 +69,7 @@ def test_same_bits(name):
     platform.machine() not in ("x86_64", "AMD64"), reason="the other path is for processors of this kind"
 )
 def test_same_bits_where_tables_do_not_fit_into_registers(monkeypatch):
-    monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-mno-avx512f"))
+    monkeypatch.setattr(cpp_loop, "_FLAGS", (*cpp_loop._FLAGS, "-mno-avx512f"))
     monkeypatch.setattr(kernels, "_loops", {})
     test_same_bits("della")
 
@@ -142,7 +143,7 @@ def test_candidates_share_a_loop(name):
 
 
 def test_a_missing_compiler_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "find_compiler", lambda: None)
+    monkeypatch.setattr(cpp_loop, "find_compiler", lambda: None)
     monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
     kernels._loops.clear()
     kernels._say_once.cache_clear()
@@ -156,13 +157,30 @@ def test_a_missing_compiler_is_said_once(monkeypatch, caplog):
 @needs_compiler
 def test_a_loop_with_other_bits_is_not_used(monkeypatch, caplog):
     """Such as from a compiler that contracts a product and a sum, whatever it has been told."""
-    source_of = kernels.source_of
-    monkeypatch.setattr(kernels, "source_of", lambda *key: source_of(*key).replace("+ 0x7fffu", "+ 0x7ffeu"))
+    source_of = cpp_loop.source_of
+    monkeypatch.setattr(cpp_loop, "source_of", lambda *key: source_of(*key).replace("+ 0x7fffu", "+ 0x7ffeu"))
     monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
     kernels._loops.clear()
     assert part_merge("linear").compiled() is None
     kernels._loops.clear()
     assert "other bits" in caplog.text
+
+
+@needs_compiler
+def test_a_loop_that_does_not_run_is_not_used(monkeypatch, caplog):
+    """As Triton's, which are compiled when they are first run."""
+    monkeypatch.setattr(cpp_loop.CppLoop, "run", lambda *args: args[99])
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    kernels._loops.clear()
+    assert part_merge("linear").compiled() is None
+    kernels._loops.clear()
+    assert "does not run" in caplog.text
+
+
+def test_compiling_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setenv(kernels.OFF, "1")
+    assert part_merge("linear").compiled() is None
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.materializer import Materializer
 from evo.merge import apply
-from evo.merge.kernels import find_compiler
+from evo.merge.cpp_loop import find_compiler
 from evo.merge.noise import uniforms, uniforms_of_rows
 from evo.parallel import LAYOUTS
 from evo.shards import Shard

@@ -74,7 +74,11 @@ class PartMerge:
         """Compare the first block. A compiler that does not keep to the rules must not change a merge."""
         expected = self.block(next(blocks(self.base, _CHECKED_ELEMENTS))).to(fused.dtype).contiguous()
         found = torch.empty_like(expected)
-        fused.run(found)
+        try:
+            fused.run(found)
+        except Exception as error:  # of whatever kind: compilers of GPU code, which run late, have many
+            log.warning("the compiled loop of a merge does not run, and is not used: %s", error)
+            return False
         integers = torch.int32 if found.element_size() == 4 else torch.int16
         same = (found.view(integers) == expected.view(integers)) | (found.isnan() & expected.isnan())
         if not same.all():

@@ -13,7 +13,7 @@ import torch
 from evo.merge.tape import Node
 
 STORED = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
-"""The dtypes that a loop reads and writes."""
+"""What C++ calls the dtypes of tensors."""
 
 _EXPRESSIONS = {
     "input": "float_of(x{0}[c])",

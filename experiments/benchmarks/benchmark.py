@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -31,7 +32,8 @@ from record import record
 from evo.checkpoint import Checkpoint
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
-from evo.merge.kernels import find_compiler
+from evo.merge.cpp_loop import find_compiler
+from evo.residency import Residency
 from search_spaces.recipe import Recipe, Rule, Source
 
 HERE = Path(__file__).parent
@@ -45,6 +47,7 @@ KNOBS = {
 }
 AGAINST_MERGEKIT = ("linear", "ties", "della")
 NOT_MEASURED = {"apply_linear_over_copy_bandwidth_gpu": None, "peak_extra_bytes_over_largest_tensor_fp32_gpu": None}
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def main() -> None:
@@ -55,11 +58,15 @@ def main() -> None:
     parser.add_argument("--donors", type=Path, nargs=2)
     parser.add_argument("--work", type=Path, help="where to put checkpoints and exports; default: a temporary folder")
     parser.add_argument("--large", action="store_true", help="only exports, of 1.24 B parameters: 10 GB of disk")
+    parser.add_argument("--gpu", action="store_true", help="only merges on the GPU, of 1.24 B parameters")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
+        if arguments.gpu:
+            write_down(on_gpu(work, arguments.rounds))
+            return
         if arguments.large:
             write_down(large_exports(work, arguments.rounds))
             return
@@ -73,6 +80,19 @@ def write_down(results: dict[str, Any]) -> None:
     """Print, and merge into results.json."""
     record(results)
     print(json.dumps(results, indent=1))
+
+
+def on_gpu(work: Path, rounds: int) -> dict[str, Any]:
+    """Merges into a resident model on the GPU, where the sources are too, and the memory that they take beyond both."""
+    folders = {n: make(work / n, LLAMA_1B, seed) for seed, n in enumerate(("base", "a", "b"))}
+    found = in_memory(folders, rounds, GPU)
+    largest = max(math.prod(header.shape) for header in Checkpoint.open(folders["base"]).headers.values())
+    return {
+        "apply_linear_over_copy_bandwidth_gpu": found["floor_seconds"] / found["seconds"]["linear"],
+        "peak_extra_bytes_over_largest_tensor_fp32_gpu": max(found["peak_extra_bytes"].values()) / (4 * largest),
+        "over_linear_gpu": {name: seconds / found["seconds"]["linear"] for name, seconds in found["seconds"].items()},
+        "gpu": {**found, "machine": machine()},
+    }
 
 
 def large_exports(work: Path, rounds: int) -> dict[str, Any]:
@@ -129,28 +149,35 @@ def recipe_of(folders: dict[str, Path], method: str, seed: int, checkpoint: Chec
     return Recipe({name: Source(str(path)) for name, path in folders.items()}, "base", "a", rules)
 
 
-def in_memory(folders: dict[str, Path], rounds: int) -> dict[str, Any]:
-    """CPU seconds of a candidate, sources and resident model in memory, and of a copy of as many bytes.
+def in_memory(folders: dict[str, Path], rounds: int, device: torch.device = CPU) -> dict[str, Any]:
+    """Seconds of a candidate, sources and resident model in memory, and of a copy of as many bytes.
+
+    CPU seconds, or on a GPU those on the clock.
 
     Rounds go through everything in turn; the best of each counts, the machine being shared.
     """
     checkpoints = {name: Checkpoint.open(path) for name, path in folders.items()}
     base = checkpoints["base"]
-    slots = {name: torch.empty(entry.shape, dtype=torch.bfloat16) for name, entry in base.entries.items()}
-    materializer = Materializer(checkpoints, slots)
+    slots = {
+        name: torch.empty(entry.shape, dtype=torch.bfloat16, device=device) for name, entry in base.entries.items()
+    }
+    materializer = Materializer(checkpoints, slots, residency=Residency.AUTO if device == CPU else Residency.DEVICE)
     n = sum(slot.numel() for slot in slots.values())
-    source, target = torch.ones(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.bfloat16)
+    source, target = (torch.ones(n, dtype=torch.bfloat16, device=device) for _ in range(2))
     best, once, n_compiled = dict.fromkeys(["copy", *KNOBS], float("inf")), {}, 0
+    seconds_of, peaks = cpu_seconds if device == CPU else gpu_seconds, {}
     for method in KNOBS:
         recipe = recipe_of(folders, method, 0, base).to_dict()
-        once[method] = cpu_seconds(lambda recipe=recipe: materializer.write(recipe))
+        once[method] = seconds_of(lambda recipe=recipe: materializer.write(recipe))
     for number in range(1, rounds + 1):
-        best["copy"] = min(best["copy"], cpu_seconds(lambda: target.copy_(source)))
+        best["copy"] = min(best["copy"], seconds_of(lambda: target.copy_(source)))
         for method in KNOBS:
             recipe = recipe_of(folders, method, number, base).to_dict()
             reports = []
-            seconds = cpu_seconds(lambda recipe=recipe, reports=reports: reports.append(materializer.write(recipe)))
+            before = reset_peak() if device == GPU else 0
+            seconds = seconds_of(lambda recipe=recipe, reports=reports: reports.append(materializer.write(recipe)))
             best[method] = min(best[method], seconds)
+            peaks[method] = torch.cuda.max_memory_allocated() - before if device == GPU else None
             n_compiled = reports[0].n_compiled
     return {
         "n_parameters": n,
@@ -160,6 +187,7 @@ def in_memory(folders: dict[str, Path], rounds: int) -> dict[str, Any]:
         "floor_seconds": 2 * best.pop("copy"),  # three reads and a write, at the speed of a read and a write
         "seconds": best,
         "once_seconds": {method: once[method] - best[method] for method in KNOBS},
+        **({"peak_extra_bytes": peaks} if device == GPU else {}),
     }
 
 
@@ -256,6 +284,19 @@ def wall_seconds(job: Callable[[], Any]) -> float:
     start = time.perf_counter()
     job()
     return time.perf_counter() - start
+
+
+def gpu_seconds(job: Callable[[], object]) -> float:
+    """On the clock, until the GPU is done."""
+    torch.cuda.synchronize()
+    return wall_seconds(lambda: (job(), torch.cuda.synchronize()))
+
+
+def reset_peak() -> int:
+    """Begin to look for the most memory that is used on the GPU; what is used now."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def machine() -> str:

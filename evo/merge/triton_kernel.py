@@ -1,0 +1,182 @@
+"""A tape as a Triton kernel: one pass over a GPU's memory.
+
+Every operation is rounded by itself, as in the C++ loop (cpp.py): no fused multiply-add, division rounded correctly,
+bfloat16 converted by hand (Triton's interpreter rounds otherwise). A program computes up to 1,024 elements of a row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evo.merge.kernels import CannotCompile
+from evo.merge.tape import Node
+
+MOST_ELEMENTS = 1024
+"""Of a program."""
+
+_EXPRESSIONS = {
+    "input": "to_float32(tl.load(x{0} + at, mask=there, other=0.0))",
+    "noise": "uniform(i, k{0}, l{0})",
+    "scalar": "tl.full([N], s{0}, tl.float32)",
+    "row": "tl.full([N], tl.load(t{0} + first_row + row), tl.float32)",
+    "gather": "tl.load(t{0} + v{1}, mask=there, other=0.0)",
+    "add": "v{0} + v{1}",
+    "sub": "v{0} - v{1}",
+    "mul": "v{0} * v{1}",
+    "div": "tl.math.div_rn(v{0}, v{1})",
+    "ge": "tl.where(v{0} >= v{1}, 1.0, 0.0)",
+    "gt": "tl.where(v{0} > v{1}, 1.0, 0.0)",
+    "le": "tl.where(v{0} <= v{1}, 1.0, 0.0)",
+    "lt": "tl.where(v{0} < v{1}, 1.0, 0.0)",
+    "eq": "tl.where(v{0} == v{1}, 1.0, 0.0)",
+    "copysign": "floats((bits(v{0}) & 0x7fffffff) | (bits(v{1}) & SIGN))",
+    "clamp_min": "tl.where(v{0} < v{1}, v{1}, v{0})",
+    "clamp_max": "tl.where(v{0} > v{1}, v{1}, v{0})",
+    "hardshrink": "tl.where(tl.abs(v{0}) <= v{1}, 0.0, v{0})",
+    "abs": "tl.abs(v{0})",
+    "neg": "floats(bits(v{0}) ^ SIGN)",
+    "sign": "tl.where(v{0} > 0.0, 1.0, 0.0) - tl.where(v{0} < 0.0, 1.0, 0.0)",
+    "square": "v{0} * v{0}",
+    "bits": "bits(v{0})",
+    "shift": "v{0} >> {1}",
+    "and": "v{0} & {1}",
+}
+_STORED = {
+    torch.float32: "v{0}",
+    torch.float16: "v{0}.to(tl.float16)",
+    torch.bfloat16: "to_bfloat16(v{0})",
+}
+
+
+class TritonKernel:
+    """See kernels.Loop.
+
+    Raises:
+        CannotCompile: without Triton.
+    """
+
+    def __init__(self, nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> None:
+        self.is_right: bool | None = None
+        self._has_rows = any(operation == "row" for operation, *_ in nodes)
+        try:
+            with tempfile.TemporaryDirectory(prefix="mergefront-") as folder:  # Triton reads a function from its file
+                file = Path(folder) / "merge_kernel.py"
+                file.write_text(source_of(nodes, dtypes))
+                spec = importlib.util.spec_from_file_location("merge_kernel", file)
+                assert spec is not None and spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+        except ImportError as error:
+            raise CannotCompile(f"no Triton ({error})") from error
+        self._kernel = module.merge
+
+    def pack(
+        self,
+        tensors: Sequence[Tensor],
+        scalars: Sequence[float],
+        tables: Sequence[Tensor],
+        words: Sequence[int],
+        first: int,
+    ) -> tuple[Any, ...]:
+        """See kernels.Loop."""
+        return first, (*tensors, *scalars, *tables, *words)
+
+    def run(self, packed: tuple[Any, ...], out: Tensor, begin: int, n_columns: int) -> None:
+        """See kernels.Loop; where rows have numbers of their own, the tensors and `out` start with whole rows."""
+        first, arguments = packed
+        begin, first_row = begin - first, first // n_columns
+        end = begin + out.numel()
+        if not self._has_rows:  # then all is one row, and no program has less to do than others
+            n_columns = end
+        n = max(64, min(MOST_ELEMENTS, 1 << (n_columns - 1).bit_length()))
+        n_pieces = -(-n_columns // n)
+        grid = ((-(-end // n_columns) - begin // n_columns) * n_pieces,)
+        with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+            self._kernel[grid](
+                *(out, begin, end, first, first_row, n_columns, n_pieces), *arguments, N=n, enable_fp_fusion=False
+            )
+
+
+def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
+    """A module with a kernel `merge` for a tape's key.
+
+    Args:
+        nodes: operations, the last of which names the result.
+        dtypes: of the inputs, then of the result.
+    """
+    of = {kind: [node for node in nodes if node[0] == kind] for kind in ("scalar", "row", "gather", "noise")}
+    names = [f"x{i}" for i in range(len(dtypes) - 1)]
+    names += [f"s{i}" for i in range(len(of["scalar"]))]
+    names += [f"t{i}" for i in range(len(of["row"]) + len(of["gather"]))]
+    words = [f"{letter}{d}" for d in range(len(of["noise"])) for letter in "kl"]
+    values = [_EXPRESSIONS[operation].format(*operands) for operation, *operands in nodes[:-1]]
+    return _SOURCE.format(
+        words=words,
+        names=", ".join([*names, *words]),
+        body="\n    ".join(f"v{v} = {value}" for v, value in enumerate(values)),
+        result=_STORED[dtypes[-1]].format(nodes[-1][1]),
+    )
+
+
+_SOURCE = """
+import triton
+import triton.language as tl
+
+SIGN: tl.constexpr = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def floats(x):
+    return x.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_float32(x):
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def to_bfloat16(x):
+    b = x.to(tl.uint32, bitcast=True)
+    b = (b + 0x7fff + ((b >> 16) & 1)) >> 16
+    return b.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def uniform(i, first_word, second_word):
+    # Number i of a stream, as in noise.py: each hash makes two numbers of 16 bits.
+    x = (i >> 1).to(tl.uint32) ^ first_word.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * tl.full([1], 0x7feb352d, tl.uint32) ^ second_word.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 15)) * tl.full([1], 0x846ca68b, tl.uint32)
+    x = x ^ (x >> 16)
+    half = tl.where((i & 1) == 1, x >> 16, x & 0xffff) ^ 0x8000
+    return half.to(tl.int32).to(tl.float32) * 1.52587890625e-05
+
+
+@triton.jit(do_not_specialize={words})
+def merge(out, begin, end, first, first_row, n_columns, n_pieces, {names}, N: tl.constexpr):
+    # Elements begin to end - 1 of tensors whose first element and row have these numbers in the part.
+    program = tl.program_id(0)
+    row = (begin // n_columns).to(tl.int64) + program // n_pieces
+    column = (program % n_pieces).to(tl.int64) * N + tl.arange(0, N)
+    at = row * n_columns + column
+    there = (column < n_columns) & (at >= begin) & (at < end)
+    i = first + at
+    {body}
+    tl.store(out + (at - begin), {result}, mask=there)
+"""

@@ -1,0 +1,94 @@
+"""Triton kernels have the bits of merges on tensors: interpreted on the CPU, and run where there is a GPU."""
+
+import re
+
+import pytest
+import torch
+
+from evo.merge import METHODS, kernels
+from evo.merge.kernels import fuse
+from evo.merge.tape import Tape
+from evo.merge.triton_kernel import MOST_ELEMENTS, TritonKernel
+from tests.test_merge_compiled import bits, on_tensors, part_merge
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    """Where merges are compiled to Triton kernels; on the CPU its interpreter runs them, with numpy."""
+    monkeypatch.setattr(kernels, "_loops", {})
+    if request.param == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setitem(kernels.LOOPS, "cpu", kernels.LOOPS["cuda"])
+    return request.param
+
+
+def merge_on(device, *args, **kwargs):
+    merge = part_merge(*args, **kwargs)
+    base, donors = merge.base.to(device), [donor.to(device) for donor in merge.donors]
+    expected = on_tensors(merge)
+    fused = fuse(merge.method, [base, *donors], merge.coefficients, merge.arguments, merge.keys)
+    return fused, expected
+
+
+def found_by(fused):
+    return fused.result().cpu().view(-1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_bits(device, name):
+    fused, expected = merge_on(device, name)
+    assert torch.equal(bits(found_by(fused)), bits(expected.view(-1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-38, 1e4])
+def test_same_bits_in_other_dtypes_and_at_both_ends_of_their_range(device, dtype, scale):
+    fused, expected = merge_on(device, "ties", dtype, scale=scale, coefficients=(0.7, 1.2))
+    assert torch.equal(bits(found_by(fused)), bits(expected.view(-1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2049), (3, 1), (5, 7), (2, 1024)])
+def test_same_bits_in_every_shape(device, shape):
+    fused, expected = merge_on(device, "della", shape=shape)
+    assert torch.equal(bits(found_by(fused)), bits(expected.view(-1)))
+
+
+@pytest.mark.parametrize("name", ["dare_ties", "della"])
+def test_some_rows_of_a_part_are_those_of_the_whole(device, name):
+    merge, (first, last) = part_merge(name), (5, 20)
+    width = merge.base.shape[1]
+    rows = [tensor[first:last].to(device).contiguous() for tensor in (merge.base, *merge.donors)]
+    fused = fuse(merge.method, rows, merge.coefficients, merge.arguments, merge.keys, first=first * width)
+    assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge)[first:last].reshape(-1)))
+    start = 3 * width
+    piece = torch.empty(4 * width + 17, dtype=fused.dtype, device=device)
+    fused.run(piece, start)
+    assert torch.equal(bits(piece.cpu()), bits(fused.result().cpu()[start : start + len(piece)]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_compiled_for_a_gpu_rounds_every_operation_by_itself_and_reads_16_bytes_at_a_time(
+    name, tmp_path, monkeypatch
+):
+    """Triton needs no GPU to compile for one (here of compute capability 9.0)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    merge, tape = part_merge(name), Tape(3)
+    noise = {"noise": [tape.symbol("noise", d) for d in range(2)]} if merge.method.random else {}
+    base, *donors = tape.inputs
+    result = merge.method.merge(donors, base, merge.coefficients, **merge.arguments, **noise)
+    kernel = TritonKernel(tape.key(result), (torch.bfloat16,) * 4)._kernel
+    kinds = {"N": "constexpr", "o": "*bf16", "x": "*bf16", "s": "fp32", "t": "*fp32"}
+    signature = {n: kinds.get(n if n == "N" else n[0], "i32") for n in kernel.arg_names}
+    aligned = {"begin", "end", "first", "n_columns", *(n for n in signature if signature[n].startswith("*"))}
+    hints = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in aligned}
+    source = ASTSource(kernel, signature, {"N": MOST_ELEMENTS}, hints)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    assert not re.search(r"\b(fma|div\.full|div\.approx|rcp)\b|\.ftz", ptx)
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    assert not re.search(r"(ld|st)\.global\.b16", ptx)
