@@ -8,6 +8,7 @@ import torch
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
+from evo.merge.cpp_loop import find_compiler
 from fitness.engines import ENGINES
 from fitness.types import Decoding, Finish
 from search_spaces.recipe import Recipe, Rule, Source
@@ -75,6 +76,21 @@ def test_weights_and_text_are_those_of_the_export_even_after_twenty_updates(kind
             assert texts == ids(fresh)
         if dtype == "float32" and (kind != "vllm" or "deepseek" not in str(parents["a"])):
             assert texts == [reference_ids(folder, prompt, 16)[1] for prompt in PROMPTS]
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_has_the_text_of_the_export_after_updates(tmp_path):
+    config = CONFIGS_OF_ENGINES["llama"]()
+    parents = {name: make_checkpoint(tmp_path / name, config, seed) for seed, name in enumerate(["a", "b"])}
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with running("transformers", parents["a"], compile=True) as engine:
+        engine.host("evo.materializer:Materializer.hosted", sources={n: str(p) for n, p in parents.items()})
+        for share in (0.3, 0.8):
+            engine.update(recipe(parents, share).to_dict())
+            folder = export(recipe(parents, share), parents, tmp_path / str(share))
+            assert ids(engine) == [reference_ids(folder, prompt, 16)[1] for prompt in PROMPTS]
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -118,6 +118,25 @@ def compare(
     }
 
 
+def compiled_step(checkpoint: Path, prompts: list[str], batch_size: int, max_tokens: int) -> dict[str, Any]:
+    """The engine with and without `compile`, greedy, in turns; what is compiled is not counted, but said."""
+    settings = {"dtype": "float32", "device": "cpu", "batch_size": batch_size, "decoding": Decoding(greedy=True)}
+    engines = [TransformersEngine(str(checkpoint), compile=compile, **settings) for compile in (False, True)]
+
+    def write(engine: TransformersEngine) -> list[list[int]]:
+        return [list(c.token_ids) for c in engine.generate(prompts, max_tokens=max_tokens)]
+
+    first = [timed(lambda engine=engine: write(engine))[0] for engine in engines]
+    runs = [[timed(lambda engine=engine: write(engine)) for engine in engines] for _ in range(REPEATS)]
+    eager, compiled = (min(run[side][0] for run in runs) for side in (0, 1))
+    return {
+        "ratio": round(eager / compiled, 2),
+        "tokens_per_second": round(sum(map(len, runs[0][1][1])) / compiled, 1),
+        "seconds_once": round(first[1] - compiled, 1),
+        "same_text": sum(map(list.__eq__, runs[0][0][1], runs[0][1][1])) / len(prompts),
+    }
+
+
 def main() -> None:
     """Compare, print, and merge the figures into results.json."""
     torch.set_num_threads(1)
@@ -137,7 +156,11 @@ def main() -> None:
     for name, row in found.items():
         print(f"{name}: {row['ratio']} times model.generate, {row['tokens_per_second']} tokens/s; {row}")
     print(machine)
-    record({"generation_over_generate": {**found, "machine": machine}})
+    compiled = compiled_step(parents / "reasoner", arithmetic_prompts(128), 32, 200)
+    print(f"a compiled step: {compiled}")
+    record(
+        {"generation_over_generate": {**found, "machine": machine}, "compiled_step": {**compiled, "machine": machine}}
+    )
 
 
 if __name__ == "__main__":

@@ -49,12 +49,21 @@ class Decoder:
         stops: given the latest tokens of rows (B, TAIL), right-aligned and -1 where a continuation is shorter,
             says which rows end with a stop string, (B,) bool. None: there is no such string.
         refill: whether the model's cache can be held in Columns; else batches are decoded one after another.
+        step: what computes one more token of every row, if it is not the model itself.
     """
 
     def __init__(
-        self, model: Any, sampler: Sampler, stop_ids: Tensor, stops: Callable[[Tensor], Tensor] | None, *, refill: bool
+        self,
+        model: Any,
+        sampler: Sampler,
+        stop_ids: Tensor,
+        stops: Callable[[Tensor], Tensor] | None,
+        *,
+        refill: bool,
+        step: Callable[..., Any] | None = None,
     ) -> None:
         self._model, self._sampler, self._stop_ids, self._stops, self._refill = model, sampler, stop_ids, stops, refill
+        self._one_more = step or model
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
@@ -102,7 +111,7 @@ class Decoder:
         if isinstance(cache, Columns):
             cache.join(*ids.shape)
         positions = (mask.cumsum(1) - 1).clamp_(min=0)
-        return self._forward(cache, input_ids=ids, attention_mask=mask, position_ids=positions)
+        return self._forward(self._model, cache, input_ids=ids, attention_mask=mask, position_ids=positions)
 
     def _step(self, batch: _Batch, cache: Any) -> Tensor:
         n_cached = batch.length - 1  # the last token of each row is what goes in now
@@ -111,10 +120,11 @@ class Decoder:
         n_past = torch.from_numpy(n_cached).to(self._model.device)[:, None]
         columns = torch.arange(-cache.get_seq_length(), 1, device=self._model.device)  # 0 is the new token's
         mask = (columns >= -n_past).long()
-        return self._forward(cache, input_ids=batch.last(), attention_mask=mask, position_ids=n_past)
+        inputs = {"input_ids": batch.last(), "attention_mask": mask, "position_ids": n_past}
+        return self._forward(self._one_more, cache, **inputs)
 
-    def _forward(self, cache: Any, **inputs: Tensor) -> Tensor:
-        logits: Tensor = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    def _forward(self, model: Callable[..., Any], cache: Any, **inputs: Tensor) -> Tensor:
+        logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]  # (B, V)
 
     def _write(self, batch: _Batch, logits: Tensor, rows: slice) -> list[int]:

@@ -6,7 +6,9 @@ Text is in text.py, the loop over tokens in decoding.py.
 from __future__ import annotations
 
 import math
+import os
 import pkgutil
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,11 +42,13 @@ class TransformersEngine:
         decoding: how text is drawn; default: as the checkpoint's generation config says.
         system: a system message before every prompt.
         chat: further arguments of the chat template, such as `enable_thinking`.
+        compile: have torch.compile make the step that adds a token to every row, for any number of rows and tokens.
+            The first call of `generate` then takes minutes; updates need none. In 16 bits the text may be another.
         options: passed on to from_pretrained (attn_implementation, experts_implementation, ...).
 
     Raises:
-        ValueError: if the device is not there, nothing names a stop token, or the generation config asks for
-            what is not followed here.
+        ValueError: if the device is not there, nothing names a stop token, the generation config asks for
+            what is not followed here, or there is no way to compile.
     """
 
     capabilities = frozenset({"generate", "logprobs"})
@@ -60,6 +64,7 @@ class TransformersEngine:
         decoding: Decoding | None = None,
         system: str | None = None,
         chat: Mapping[str, Any] | None = None,
+        compile: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if device == "auto":
@@ -82,6 +87,7 @@ class TransformersEngine:
             torch.tensor(self._text.stop_ids, device=self.device),
             self._find_stop_strings if self._decoding.stop else None,
             refill=is_columnar(self._model.config),
+            step=self._compiled() if compile else None,
         )
         self._context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -134,6 +140,16 @@ class TransformersEngine:
             Likelihood(float(row[len(a) - 1 : len(a) - 1 + len(g)].sum()), len(g), -math.log(logits.shape[-1]))
             for row, a, g in zip(nats, asked, given, strict=True)
         ]
+
+    def _compiled(self) -> Any:
+        """The model's forward pass; weights stay its inputs, so that what is written into them counts."""
+        if not is_columnar(self._model.config):
+            raise ValueError(
+                "engine.compile: this architecture's cache is not one of plain keys and values: leave it out"
+            )
+        if self.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise ValueError("engine.compile: torch.compile needs a C++ compiler here, g++ or clang++, or $CXX")
+        return torch.compile(self._model.forward, dynamic=True)
 
     @torch.inference_mode()
     def _find_batch_size(self, n_tokens: int) -> int:
