@@ -240,7 +240,8 @@ def _same_but_rows(a: Entry, b: Entry) -> bool:
 
 
 _COMMON_ROWS = (
-    "`vocabulary: common` (of `merge`: --common-vocabulary) would merge the rows that all have, and take the others "
+    "`vocabulary: common` (in a config or a recipe, or --common-vocabulary of `merge`) would merge the rows that all "
+    "have, and take the others "
     "from the interface parent."
 )
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from evo.front import read_front
 from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.mergekit.writer import MERGEKIT_FILE, CannotSayError, write_mergekit
+from evo.vocabulary import common_rows
 from evo.weights import write_weights
 from search_spaces.recipe import Recipe
 
@@ -51,7 +52,8 @@ class Told:
     def of(cls, recipe: Recipe, sources: dict[str, Checkpoint]) -> Told:
         """The recipe, in our words and if possible in mergekit's, and where its tensors come from."""
         accounts = account(recipe, sources)
-        files, lines = {"recipe.yaml": recipe.to_yaml()}, [summary(accounts)]
+        said = replace(recipe, vocabulary="common") if common_rows(sources) else recipe
+        files, lines = {"recipe.yaml": said.to_yaml()}, [summary(accounts)]
         try:
             files[MERGEKIT_FILE], notes = write_mergekit(recipe, sources)
             lines += [f"{MERGEKIT_FILE}: {note}" for note in notes]

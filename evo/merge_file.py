@@ -35,7 +35,7 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
             else relative to the working directory; other names are ids on the Hub.
         out: the new checkpoint's folder.
         force: replace `out` if it is not empty.
-        common_rows: let vocabularies differ by added and padded rows (see evo.vocabulary).
+        common_rows: let vocabularies differ by added and padded rows (see evo.vocabulary), as a recipe may say itself.
 
     Returns:
         what is to be said of it.
@@ -48,6 +48,7 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
     check_target(out, [], force)  # before anything is downloaded
     text, data = _load(file)
     read = _read_mergekit if "merge_method" in data else _read_recipe
+    common_rows = common_rows or data.get("vocabulary") == "common"
     recipe, sources, notes = read(file, text, data, lambda paths: _open(paths, out, force, common_rows))
     told = Told.of(recipe, sources)
     told = replace(told, lines=(*notes, *told.lines))
@@ -89,7 +90,7 @@ def _read_recipe(
                 "Get that checkpoint, or take out its digest to merge what is there."
             )
     named = {name: _source(paths[name], source.digest) for name, source in recipe.sources.items()}
-    return Recipe(named, recipe.base, recipe.interface, recipe.rules, recipe.seed), sources, []
+    return replace(recipe, sources=named), sources, []
 
 
 def _read_mergekit(

@@ -94,8 +94,12 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     seed: int = 0
     """Seed of the random masks of methods that draw any; one per search, so that masks stay put."""
+    vocabulary: str = "same"
+    """"common" lets vocabularies differ by added and padded rows (see evo.vocabulary)."""
 
     def __post_init__(self) -> None:
+        if self.vocabulary not in ("same", "common"):
+            raise ValueError(f"vocabulary: expected 'same' or 'common', got {self.vocabulary!r}")
         named = {self.base, self.interface}.union(*(rule.coefficients for rule in self.rules))
         if missing := sorted(named - set(self.sources)):
             raise ValueError(f"recipe names {missing}, but its sources are {sorted(self.sources)}")
@@ -111,6 +115,7 @@ class Recipe:
             "base": self.base,
             "interface": self.interface,
             "seed": self.seed,
+            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
             "sources": {name: _drop_none(vars(source)) for name, source in self.sources.items()},
             "rules": [_rule_to_dict(rule) for rule in self.rules],
         }
@@ -131,6 +136,7 @@ class Recipe:
                 interface=data["interface"],
                 rules=tuple(_rule_from_dict(rule) for rule in data.get("rules", ())),
                 seed=data.get("seed", 0),
+                vocabulary=data.get("vocabulary", "same"),
             )
         except KeyError as error:
             raise ValueError(f"not a recipe: the key {error} is missing") from None

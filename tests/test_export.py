@@ -164,6 +164,11 @@ def test_rows_that_only_some_have(tmp_path):
     assert (embedding["how"], embedding["sources"], embedding["rules"]) == ("merged", ["base", "a"], [])
     assert {name: account["blake3"] for name, account in accounts.items()} == hashes(tmp_path / "out")
     assert accounts["model.norm.weight"]["how"] == "passed through"
+    merge(tmp_path / "out" / "recipe.yaml", tmp_path / "again")  # it says so itself
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "out")
+    (tmp_path / "odd.yaml").write_text(file.read_text() + "vocabulary: some\n")
+    with pytest.raises(RecipeError, match="expected 'same' or 'common', got 'some'"):
+        merge(tmp_path / "odd.yaml", tmp_path / "odd")
 
 
 class TestWhereParentsAre:
