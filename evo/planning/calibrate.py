@@ -48,7 +48,7 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
     tried = [merges[-1], *first[: len(config.parents)]]
     for n_left, candidate in zip(range(len(tried), 0, -1), tried, strict=True):
         tries = explore(Asker(worker, config, candidate), n, rows, most, (deadline - time.monotonic()) / n_left)
-        found.append(estimate(tries, n, most, samples, tokens))
+        found.append(estimate(tries, n, planned.settings.rows, most, tokens))
         took = [write + one for one in found[-1].seconds]
         last = f"tried {tries[-1].n} of {n} problems, answers up to {tries[-1].cap} tokens"
         yield f"{candidate.name}: {spans(*took)} a candidate, {_range(*found[-1].tokens)} tokens ({last})"
@@ -83,7 +83,7 @@ class Asker:
         assert evaluation.score is not None
         lengths = evaluation.score.n_tokens
         seconds = evaluation.seconds - evaluation.detail["write_seconds"]
-        return Try(n, cap, seconds, int(lengths.sum()), float((lengths >= cap).mean()))
+        return Try(n, cap, seconds, tuple(lengths.ravel().tolist()))
 
 
 def _evaluate(worker: Worker, config: Config, candidate: Candidate, n: int, cap: int) -> Evaluation:
