@@ -220,7 +220,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Answers to each problem.")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="Instead of what the generation config says.")] = False,
     split: Annotated[str, typer.Option(help="held_out, reserve or search.")] = "held_out",
-    harness: Annotated[str | None, typer.Option(help="A task of lm-evaluation-harness (extra `harness`).")] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="A task of lm-evaluation-harness (extra `harness`), or its YAML.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="With --harness: so many problems.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
     debug: Debug = False,

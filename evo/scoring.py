@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from evo.components import component_options, validated
 from evo.config import ConfigError, EngineConfig, TaskConfig
 from fitness.engines import ENGINES, what_is_missing
@@ -59,6 +61,13 @@ def score_checkpoint(
 def harness(checkpoint: Path, task: str, *, dtype: str, device: str, limit: int | None) -> dict[str, Any]:
     """Results of EleutherAI's lm-evaluation-harness on a checkpoint, with its own prompts and decoding.
 
+    Args:
+        checkpoint: a folder.
+        task: a name that the harness knows, or the YAML file of a task of one's own.
+        dtype: of the weights, as torch calls it.
+        device: "auto" leaves it to the harness.
+        limit: so many problems; None for all.
+
     Raises:
         ValueError: if the package is not installed, or does not know the task.
     """
@@ -67,7 +76,12 @@ def harness(checkpoint: Path, task: str, *, dtype: str, device: str, limit: int 
     except ImportError as error:
         raise ValueError(f"--harness needs lm-eval ({error}): pip install 'mergefront[harness]'") from error
     arguments = {"pretrained": str(checkpoint), "dtype": dtype}
-    where = {} if device == "auto" else {"device": device}
+    where: dict[str, Any] = {} if device == "auto" else {"device": device}
+    if (file := Path(task)).suffix in (".yaml", ".yml") and file.is_file():
+        from lm_eval.tasks import TaskManager
+
+        where["task_manager"] = TaskManager(include_path=str(file.resolve().parent))
+        task = str(yaml.load(file.read_text(), yaml.BaseLoader).get("task"))  # no objects are made
     try:
         results = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=[task], limit=limit, **where)
     except KeyError as error:

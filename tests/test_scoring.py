@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from evo.cli import app
@@ -94,3 +95,33 @@ def test_the_harness_is_asked_for_the_folder(monkeypatch, tmp_path):
     assert asked["model_args"] == {"pretrained": str(tmp_path), "dtype": "float32"} and asked["limit"] == 3
     with pytest.raises(ValueError, match="knows no task 'none'"):
         harness(tmp_path, "none", dtype="float32", device="cpu", limit=None)
+
+
+def test_the_harness_scores_what_transformers_writes(tmp_path):
+    """The real one, on a task of four sums, against transformers' own generate. Skipped without the extra."""
+    pytest.importorskip("lm_eval")
+    questions = {"3+4": "7", "12+5-3": "14", "40-8": "32", "7+7+7": "21"}
+    lines = [json.dumps({"question": q, "answer": a}) for q, a in questions.items()]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    (tmp_path / "sums.yaml").write_text(f"""
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "sums.jsonl"}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "<|User|>{{{{question}}}}<|Assistant|>"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 60, do_sample: false}}
+filter_list:
+- {{name: answer, filter: [{{function: regex, regex_pattern: "</think>([0-9-]+)"}}, {{function: take_first}}]}}
+metric_list: [{{metric: exact_match}}]
+""")
+    tokenizer = AutoTokenizer.from_pretrained(CHIMERA / "reasoner")
+    model = AutoModelForCausalLM.from_pretrained(CHIMERA / "reasoner", dtype="float32")
+    right = 0
+    for question, answer in questions.items():
+        ids = tokenizer(f"<|User|>{question}<|Assistant|>", return_tensors="pt").input_ids
+        text = tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :])
+        right += f"</think>{answer}" in text
+    found = harness(CHIMERA / "reasoner", str(tmp_path / "sums.yaml"), dtype="float32", device="cpu", limit=None)
+    assert found["sums"]["exact_match,answer"] == right / 4 > 0
