@@ -241,8 +241,7 @@ def _same_but_rows(a: Entry, b: Entry) -> bool:
 
 _COMMON_ROWS = (
     "`vocabulary: common` (in a config or a recipe, or --common-vocabulary of `merge`) would merge the rows that all "
-    "have, and take the others "
-    "from the interface parent."
+    "have, and take the others from the interface parent."
 )
 
 

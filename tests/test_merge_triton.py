@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from evo.merge import METHODS, kernels
-from evo.merge.kernels import fuse
-from evo.merge.tape import Tape
+from evo.merge.kernels import fuse, record
 from evo.merge.triton_kernel import MOST_ELEMENTS, TritonKernel
 from tests.test_merge_compiled import bits, on_tensors, part_merge
 
@@ -78,11 +77,9 @@ def test_what_is_compiled_for_a_gpu_rounds_every_operation_by_itself_and_reads_1
 ):
     """Triton needs no GPU to compile for one (here of compute capability 9.0)."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    merge, tape = part_merge(name), Tape(3)
-    noise = {"noise": [tape.symbol("noise", d) for d in range(2)]} if merge.method.random else {}
-    base, *donors = tape.inputs
-    result = merge.method.merge(donors, base, merge.coefficients, **merge.arguments, **noise)
-    kernel = TritonKernel(tape.key(result), (torch.bfloat16,) * 4)._kernel
+    merge = part_merge(name)
+    _, nodes = record(merge.method, merge.coefficients, merge.arguments)
+    kernel = TritonKernel(nodes, (torch.bfloat16,) * 4)._kernel
     kinds = {"N": "constexpr", "o": "*bf16", "x": "*bf16", "s": "fp32", "t": "*fp32"}
     signature = {n: kinds.get(n if n == "N" else n[0], "i32") for n in kernel.arg_names}
     aligned = {"begin", "end", "first", "n_columns", *(n for n in signature if signature[n].startswith("*"))}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evo.merge.cpp import source_of
-from evo.merge.kernels import CannotCompile
+from evo.merge.kernels import CannotCompile, Given
 from evo.merge.tape import Node
 
 _FLAGS = (
@@ -50,20 +50,13 @@ class CppLoop:
         self._function.restype = None
         self._function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3
 
-    def pack(
-        self,
-        tensors: Sequence[Tensor],
-        scalars: Sequence[float],
-        tables: Sequence[Tensor],
-        words: Sequence[int],
-        first: int,
-    ) -> tuple[Any, ...]:
+    def pack(self, given: Given) -> tuple[Any, ...]:
         """See kernels.Loop."""
         return (
-            _pointers(tensors, first),
-            (ctypes.c_float * len(scalars))(*scalars),
-            _pointers(tables),
-            (ctypes.c_int32 * len(words))(*words),
+            _pointers(given.tensors, given.first),
+            (ctypes.c_float * len(given.scalars))(*given.scalars),
+            _pointers(given.tables),
+            (ctypes.c_int32 * len(given.words))(*given.words),
         )
 
     def run(self, packed: tuple[Any, ...], out: Tensor, begin: int, n_columns: int) -> None:

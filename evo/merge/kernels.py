@@ -13,7 +13,7 @@ import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,23 +36,28 @@ class CannotCompile(RuntimeError):
     """There is no compiler, or it failed. The merge can still be run on tensors."""
 
 
+class Given(NamedTuple):
+    """What a compiled tape works on."""
+
+    tensors: Sequence[Tensor]
+    """The base, then the donors; contiguous."""
+    scalars: Sequence[float]
+    tables: Sequence[Tensor]
+    """The tape's tensors: numbers of rows, and tables; contiguous."""
+    words: Sequence[int]
+    """Of the streams of noise, two a donor."""
+    first: int
+    """Number of the tensors' first element in the part."""
+
+
 class Loop(Protocol):
     """A compiled tape. Made from the tape's key: nodes, and dtypes of the inputs and of the result."""
 
     is_right: bool | None
     """Whether it has been seen to give the bits of the merge on tensors; None before anybody has looked."""
 
-    def pack(
-        self,
-        tensors: Sequence[Tensor],
-        scalars: Sequence[float],
-        tables: Sequence[Tensor],
-        words: Sequence[int],
-        first: int,
-    ) -> tuple[Any, ...]:
-        """What `run` is given: contiguous tensors, the tape's numbers and tables, the streams of noise, and the
-        number of the tensors' first element in the part.
-        """
+    def pack(self, given: Given) -> tuple[Any, ...]:
+        """In the form that `run` takes; tensors may be mere addresses in it."""
 
     def run(self, packed: tuple[Any, ...], out: Tensor, begin: int, n_columns: int) -> None:
         """Compute as many elements of the part as `out` has, from number `begin` on."""
@@ -64,12 +69,13 @@ class Fused:
 
     loop: Loop
     packed: tuple[Any, ...]
-    base: Tensor
-    keep: tuple[Tensor, ...]
-    """What may be packed as mere addresses."""
-    n_columns: int
-    first: int = 0
-    """Number of the tensors' first element in the part."""
+    given: Given
+    """What was packed."""
+
+    @property
+    def base(self) -> Tensor:
+        """The matrix (R, C) that the result is shaped like."""
+        return self.given.tensors[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,7 +107,7 @@ class Fused:
             out: a contiguous tensor of the base's dtype and device, filled with as many elements as it has.
             begin: number of the first among those of the tensors.
         """
-        self.loop.run(self.packed, out, begin + self.first, self.n_columns)
+        self.loop.run(self.packed, out, begin + self.given.first, self.base.shape[1])
 
 
 _loops: dict[tuple[str, tuple[Node, ...], tuple[torch.dtype, ...]], Loop | None] = {}
@@ -137,23 +143,39 @@ def fuse(
         return None
     if not all(t.dtype in STORED and t.is_contiguous() and t.device == device for t in tensors):
         return None
-    tape = Tape(len(tensors))
-    noise = {"noise": [tape.symbol("noise", d) for d in range(len(tensors) - 1)]} if method.random else {}
     try:
-        result = method.merge(tape.inputs[1:], tape.inputs[0], coefficients, **arguments, **noise)
+        tape, nodes = record(method, coefficients, arguments)
     except Untraceable as error:
         _say_once(f"{error}: this merge is not compiled, and slower")
         return None
-    key = (device.type, tape.key(result), (*(t.dtype for t in tensors), tensors[0].dtype))
+    key = (device.type, nodes, (*(t.dtype for t in tensors), tensors[0].dtype))
     if key not in _loops and may_compile:
         _loops[key] = _compile(*key)
     loop = _loops.get(key)
     if loop is None:
         return None
-    words = [word for key in keys for word in key]
-    kept = tuple(tensor.contiguous() for tensor in tape.tensors)
-    packed = loop.pack(tensors, tape.scalars, kept, words, first)
-    return Fused(loop, packed, tensors[0], (*tensors, *kept), tensors[0].shape[1], first)
+    tables, words = [tensor.contiguous() for tensor in tape.tensors], [word for key in keys for word in key]
+    given = Given(tensors, tape.scalars, tables, words, first)
+    return Fused(loop, loop.pack(given), given)
+
+
+def record(
+    method: Method, coefficients: Sequence[float], arguments: Mapping[str, Any]
+) -> tuple[Tape, tuple[Node, ...]]:
+    """A merge written down: its tape, and the tape's key.
+
+    Args:
+        method: what to merge with.
+        coefficients: D numbers.
+        arguments: of the method's merge, without noise.
+
+    Raises:
+        Untraceable: if an operation cannot be compiled.
+    """
+    tape = Tape(len(coefficients) + 1)
+    base, *donors = tape.inputs
+    noise = {"noise": [tape.symbol("noise", d) for d in range(len(donors))]} if method.random else {}
+    return tape, tape.key(method.merge(donors, base, coefficients, **arguments, **noise))
 
 
 def _compile(kind: str, nodes: tuple[Node, ...], dtypes: tuple[torch.dtype, ...]) -> Loop | None:

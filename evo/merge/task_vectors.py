@@ -86,7 +86,7 @@ def elected_sum(weighted: Sequence[Tensor], weights: Sequence[float], normalize:
 
 
 def elected_sign(tensors: Sequence[Tensor]) -> Tensor:
-    """1 or -1 as the sum of the tensors has it; at 0 either, since nothing is left to sum there."""
+    """1 where the sum of the tensors is at least 0, else -1; -1 where all are -0, too, and nothing is left to sum."""
     total = total_of(tensors)
     return total.clone().fill_(1.0).copysign_(total)
 

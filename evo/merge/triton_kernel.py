@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evo.merge.kernels import CannotCompile
+from evo.merge.kernels import CannotCompile, Given
 from evo.merge.tape import Node
 
 MOST_ELEMENTS = 1024
@@ -77,16 +77,9 @@ class TritonKernel:
             raise CannotCompile(f"no Triton ({error})") from error
         self._kernel = module.merge
 
-    def pack(
-        self,
-        tensors: Sequence[Tensor],
-        scalars: Sequence[float],
-        tables: Sequence[Tensor],
-        words: Sequence[int],
-        first: int,
-    ) -> tuple[Any, ...]:
+    def pack(self, given: Given) -> tuple[Any, ...]:
         """See kernels.Loop."""
-        return first, (*tensors, *scalars, *tables, *words)
+        return given.first, (*given.tensors, *given.scalars, *given.tables, *given.words)
 
     def run(self, packed: tuple[Any, ...], out: Tensor, begin: int, n_columns: int) -> None:
         """See kernels.Loop; where rows have numbers of their own, the tensors and `out` start with whole rows."""

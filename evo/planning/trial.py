@@ -101,7 +101,7 @@ def estimate(found: list[Try], n: int, rows: int, most: int, tokens: float | Non
     last = found[-1]
     done = [work(one.lengths, rows) for one in found]
     each, n_answers = prices(done, [one.seconds for one in found]), n * len(last.lengths) // last.n
-    low, high = last.cap, most if last.cut and last.cap < most else last.cap
+    low, high = last.cap, most if last.cut else last.cap
     if last.cut and tokens is not None:
         missing = (tokens - sum(last.lengths) / len(last.lengths)) / last.cut
         low = high = min(max(low, round(last.cap + missing)), high)
