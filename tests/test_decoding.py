@@ -51,6 +51,18 @@ def test_refilled_text_equals_generate(checkpoint, batch_size):
     assert [list(c.token_ids) for c in completions] == [reference_ids(checkpoint, p, 40)[1] for p in PROMPTS]
 
 
+def test_text_equals_generate_where_rows_are_parked(checkpoint, monkeypatch):
+    """Levels of 6, 12, 24, ... tokens: rows come and go all the time."""
+    monkeypatch.setattr("fitness.engines.decoding.LEAST_TOKENS", 0)
+    monkeypatch.setattr("fitness.engines.decoding.lowest_level", lambda *_: 6)
+    parked = []
+    monkeypatch.setattr(Columns, "join_again", lambda *args, f=Columns.join_again: parked.append(1) or f(*args))
+    engine = TransformersEngine(str(checkpoint), dtype="float32", device="cpu", batch_size=3)
+    completions = engine.generate(PROMPTS, max_tokens=40)
+    assert [list(c.token_ids) for c in completions] == [reference_ids(checkpoint, p, 40)[1] for p in PROMPTS]
+    assert parked
+
+
 def test_rows_are_refilled(checkpoint):
     """Fewer forward passes than batches decoded to their end would take."""
     engine = TransformersEngine(str(checkpoint), dtype="float32", device="cpu", batch_size=4)
@@ -87,8 +99,9 @@ def test_the_cache_is_gone_when_generate_returns(tmp_path):
 
 @given(st.data())
 def test_columns_hold_what_lists_hold(data):
-    """Rows join, grow and leave at random; a list of lists is the reference."""
+    """Rows join, grow, leave and come back at random; a list of lists is the reference."""
     capacity, cache, rows, value = 5, Columns(5), [], iter(range(1, 10**6))
+    parked = []
 
     def forward(new):
         states = torch.tensor(new, dtype=torch.float32)[:, None, :, None]
@@ -96,7 +109,11 @@ def test_columns_hold_what_lists_hold(data):
 
     for _ in range(data.draw(st.integers(1, 25))):
         n_free = capacity - len(rows)
-        if not rows or (n_free and data.draw(st.booleans())):
+        if parked and n_free and data.draw(st.booleans()):
+            back, parked = parked[:n_free], parked[n_free:]
+            cache.join_again([copy for _, copy in back])
+            rows += [row for row, _ in back]
+        elif not rows or (n_free and data.draw(st.booleans())):
             prompts = [
                 [next(value) for _ in range(data.draw(st.integers(1, 40)))]
                 for _ in range(data.draw(st.integers(1, n_free)))
@@ -116,6 +133,8 @@ def test_columns_hold_what_lists_hold(data):
                 assert values[i, 0, -len(row) :, 0].tolist() == [-n for n in row]
         else:
             gone = data.draw(st.lists(st.sampled_from(range(len(rows))), unique=True, min_size=1))
+            if data.draw(st.booleans()):
+                parked += [(rows[i], cache.copied(i, len(rows[i]))) for i in gone]
             order = cache.drop(gone)
             assert sorted(order) == sorted(set(range(len(rows))) - set(gone))
             rows = [rows[i] for i in order]

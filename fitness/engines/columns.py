@@ -11,15 +11,21 @@ Shapes: B rows, H heads, C columns, D head size. Knows nothing of tokens.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 SPARE_COLUMNS = 32
 """Least room to the right after columns were moved; the room is half of what is in use, where that is more."""
+
+
+KeysAndValues = list[tuple[Tensor, Tensor]]
+"""Of n tokens of one row, by layer: keys and values, (H, n, D) each."""
 
 
 class Columns(Cache):  # type: ignore[misc]  # transformers has no types
@@ -42,11 +48,24 @@ class Columns(Cache):  # type: ignore[misc]  # transformers has no types
 
     def join(self, n_rows: int, width: int) -> None:
         """Make ready for a forward pass over the prompts of new rows, left-padded to `width` columns."""
-        if self.end < width:
-            self._move(self.end - self.first, to=width)
-        self.first = min(self.first, self.end - width)
+        self._widen(width)
         self.rows, self.past = slice(self.n_rows, self.n_rows + n_rows), 0
         self.n_rows += n_rows
+
+    def copied(self, row: int, n: int) -> KeysAndValues:
+        """A copy of the latest n tokens of a row."""
+        used = slice(self.end - n, self.end)
+        return [(layer.keys[row, :, used].clone(), layer.values[row, :, used].clone()) for layer in self.layers]
+
+    def join_again(self, rows: Sequence[KeysAndValues]) -> None:
+        """Add rows that were copied out of this cache."""
+        lengths = [row[0][0].shape[1] for row in rows]
+        self._widen(max(lengths))
+        for place, (row, n) in enumerate(zip(rows, lengths, strict=True), self.n_rows):
+            for layer, (keys, values) in zip(self.layers, row, strict=True):
+                layer.keys[place, :, self.end - n : self.end] = keys
+                layer.values[place, :, self.end - n : self.end] = values
+        self.n_rows += len(rows)
 
     def step(self, longest: int) -> None:
         """Make ready for a forward pass over one more token of every row.
@@ -74,6 +93,12 @@ class Columns(Cache):  # type: ignore[misc]  # transformers has no types
                 buffer[holes, :, used] = buffer[moved, :, used]
         self.n_rows = n_left
         return order
+
+    def _widen(self, width: int) -> None:
+        """Have room for rows of so many columns that end at the current one."""
+        if self.end < width:
+            self._move(self.end - self.first, to=width)
+        self.first = min(self.first, self.end - width)
 
     def _move(self, n_used: int, to: int) -> None:
         """Copy the used columns into new buffers, where they end at column `to`."""
@@ -134,7 +159,9 @@ def is_columnar(config: PretrainedConfig) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
 
 
-def bytes_per_token(cache: Cache) -> int:
-    """Memory of one token of one row, of a cache that holds one token of one row."""
+def token_bytes(model: Any) -> int:
+    """Memory of the keys and values of one token, found by a forward pass."""
+    cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.long, device=model.device)
+    model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
     tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
     return sum(t[:1, :, :1].nbytes for t in tensors)

@@ -2,7 +2,8 @@
 
 `model.generate` computes every row of a batch until the longest has ended. Answers differ in length many
 times over (that is what a search here is about), so here finished rows leave at once, and prompts that wait
-join as soon as enough rows are free to be worth a forward pass of their own.
+join as soon as enough rows are free to be worth a forward pass of their own. Rows that have become longer than the
+others wait for their like (levels.py).
 
 The text depends on the prompts, their order and the batch size, and on nothing else; in float32, in practice,
 on the prompt alone.
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from fitness.engines.columns import Columns
+from fitness.engines.columns import Columns, KeysAndValues, token_bytes
+from fitness.engines.levels import LEAST_TOKENS, Levels, lowest_level
 from fitness.engines.sampling import Sampler
 
 
@@ -64,6 +66,7 @@ class Decoder:
     ) -> None:
         self._model, self._sampler, self._stop_ids, self._stops, self._refill = model, sampler, stop_ids, stops, refill
         self._one_more = step or model
+        self._token_bytes = 0  # of keys and values; looked for when it is needed
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
@@ -86,25 +89,44 @@ class Decoder:
 
     def _run(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
         done: list[list[int]] = [[] for _ in requests]
-        waiting = [i for i, request in enumerate(requests) if request.max_tokens > 0]
-        batch = _Batch(requests, min(batch_size, len(waiting)), self._model.device)
+        wanted = [i for i, request in enumerate(requests) if request.max_tokens > 0]
+        batch = _Batch([requests[i] for i in wanted], min(batch_size, len(wanted)), self._model.device)
         cache = Columns(batch.capacity) if self._refill else DynamicCache(config=self._model.config)
-        while waiting or batch.n_rows:
-            n_free = batch.capacity - batch.n_rows
-            if waiting and (n_free >= batch.worth_joining() or not batch.n_rows):
-                joining, waiting = waiting[:n_free], waiting[n_free:]
-                logits = self._prefill(batch, cache, joining)
-                rows = slice(batch.n_rows - len(joining), batch.n_rows)
+        others, parked = self._others(batch), dict[int, _Parked]()
+        while others.anyone or batch.n_rows:
+            joining = others.join(batch.n_rows, batch.worth_joining())
+            if joining.parked:
+                again = [parked.pop(i) for i in joining.parked]
+                batch.join_again(joining.parked, [row.tokens for row in again])
+                cache.join_again([row.cached for row in again])
+                continue
+            if joining.fresh:
+                logits = self._prefill(batch, cache, joining.fresh)
+                rows = slice(batch.n_rows - len(joining.fresh), batch.n_rows)
             else:
                 logits, rows = self._step(batch, cache), slice(0, batch.n_rows)
-            finished = self._write(batch, logits, rows)
-            for row in finished:
-                done[batch.index[row]] = batch.end(row)
-            if finished and self._refill:
-                batch.keep(cache.drop(finished))
-            elif finished and batch.finished.all():
+            leaving = self._write(batch, logits, rows)
+            for row in leaving:
+                done[wanted[batch.index[row]]] = batch.end(row)
+            for row in others.outgrown(batch.length.tolist()):
+                if not batch.finished[row]:
+                    i, length = int(batch.index[row]), int(batch.length[row])
+                    others.park(i, length)
+                    parked[i] = _Parked(batch.tokens[row, :length].clone(), cache.copied(row, length - 1))
+                    leaving.append(row)
+            if leaving and self._refill:
+                batch.keep(cache.drop(leaving))
+            elif leaving and batch.finished.all():
                 break
         return done
+
+    def _others(self, batch: _Batch) -> Levels:
+        """All rows, none of which is in the batch yet."""
+        lowest = batch.width
+        if self._refill and lowest > LEAST_TOKENS:
+            self._token_bytes = self._token_bytes or token_bytes(self._model)
+            lowest = lowest_level(sum(p.nbytes for p in self._model.parameters()), batch.capacity, self._token_bytes)
+        return Levels(batch.n_prompt.tolist(), batch.capacity, batch.width, lowest)
 
     def _prefill(self, batch: _Batch, cache: Any, joining: list[int]) -> Tensor:
         ids, mask = batch.join(joining)
@@ -145,18 +167,29 @@ class Decoder:
         return [int(row) + rows.start for row in np.flatnonzero(new)]
 
 
+@dataclass(frozen=True)
+class _Parked:
+    """A row that waits for others of its length."""
+
+    tokens: Tensor
+    """Of its prompt and continuation."""
+    cached: KeysAndValues
+    """Of all of them but the last."""
+
+
 class _Batch:
     """The rows in flight: their tokens on the device, left-aligned; their bookkeeping on the host."""
 
     def __init__(self, requests: Sequence[Request], capacity: int, device: torch.device) -> None:
         self._requests, self.capacity, self._device = requests, capacity, device
-        width = max((len(r.ids) + r.max_tokens for r in requests), default=0)
-        self.tokens = torch.zeros(capacity, width, dtype=torch.long, device=device)
+        self.width = max((len(r.ids) + r.max_tokens for r in requests), default=0)
+        """Tokens that a row can come to."""
+        self.tokens = torch.zeros(capacity, self.width, dtype=torch.long, device=device)
         self.index = np.zeros(0, np.int64)  # (B,) which request each row continues
         self.length = np.zeros(0, np.int64)  # (B,) tokens of prompt and continuation
         self.finished = np.zeros(0, np.bool_)  # (B,)
         self._n_ended = self._n_tokens = 0
-        self._n_prompt = np.array([len(r.ids) for r in requests], np.int64)
+        self.n_prompt = np.array([len(r.ids) for r in requests], np.int64)
         self._limits = np.array([r.max_tokens for r in requests], np.int64)
         self._seeds = np.array([r.seed for r in requests], np.uint64)
 
@@ -173,7 +206,7 @@ class _Batch:
         return self._limits[self.index]
 
     def n_written(self, rows: slice) -> NDArray[np.int64]:
-        return (self.length - self._n_prompt[self.index])[rows]
+        return (self.length - self.n_prompt[self.index])[rows]
 
     def join(self, joining: list[int]) -> tuple[Tensor, Tensor]:
         """Add rows; their prompts as ids and mask, padded on the left: (n, longest prompt) each."""
@@ -185,10 +218,19 @@ class _Batch:
             filled[row, : len(prompt)] = ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         self.tokens[self.n_rows : self.n_rows + len(prompts), :width] = filled.to(self._device)
+        self._add(joining, lengths)
+        return ids.to(self._device), mask.to(self._device)
+
+    def join_again(self, joining: list[int], tokens: Sequence[Tensor]) -> None:
+        """Add rows that were parked, with all that they hold."""
+        for row, held in enumerate(tokens, self.n_rows):
+            self.tokens[row, : len(held)] = held
+        self._add(joining, np.array([len(held) for held in tokens], np.int64))
+
+    def _add(self, joining: list[int], lengths: NDArray[np.int64]) -> None:
         self.index = np.append(self.index, np.array(joining, np.int64))
         self.length = np.append(self.length, lengths)
-        self.finished = np.append(self.finished, np.zeros(len(prompts), np.bool_))
-        return ids.to(self._device), mask.to(self._device)
+        self.finished = np.append(self.finished, np.zeros(len(joining), np.bool_))
 
     def append(self, rows: slice, tokens: Tensor) -> None:
         """Write one token into each of some rows; a row that has finished keeps its end."""
@@ -220,7 +262,7 @@ class _Batch:
 
     def end(self, row: int) -> list[int]:
         """The continuation of a row that has ended."""
-        n_prompt = self._n_prompt[self.index[row]]
+        n_prompt = self.n_prompt[self.index[row]]
         written: list[int] = self.tokens[row, n_prompt : self.length[row]].tolist()
         self._n_ended, self._n_tokens = self._n_ended + 1, self._n_tokens + len(written)
         return written

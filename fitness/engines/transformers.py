@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from fitness.engines.columns import bytes_per_token, is_columnar
+from fitness.engines.columns import is_columnar, token_bytes
 from fitness.engines.decoding import Decoder, Request
 from fitness.engines.memory import free_bytes, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
@@ -154,10 +154,8 @@ class TransformersEngine:
     @torch.inference_mode()
     def _find_batch_size(self, n_tokens: int) -> int:
         """How many rows of so many tokens find room beside the model."""
-        cache = DynamicCache()
-        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        logits = self._model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        row_bytes = n_tokens * bytes_per_token(cache) + 8 * logits.numel() * 4  # float64 copies of logits
+        n_logits = self._model.config.get_text_config().vocab_size
+        row_bytes = n_tokens * token_bytes(self._model) + 8 * n_logits * 4  # float64 copies of logits
         return rows_that_fit(row_bytes, free_bytes(self.device), self.device)
 
     def _find_stop_strings(self, tail: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""Who is decoded together: invariants of the schedule, and what it saves, against a count of what every row costs."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fitness.engines.levels import LEAST_TOKENS, Levels, lowest_level
+
+
+def run(prompts, answers, rows, lowest=8):
+    """Run a schedule of rows with these tokens to write.
+
+    Returns the order in which rows ended, and the tokens that were computed: rows times the longest, summed over steps.
+    """
+    longest = max(p + a for p, a in zip(prompts, answers, strict=True))
+    levels = Levels(prompts, rows, longest, lowest)
+    length, batch, ended, parked, computed = list(prompts), [], [], set(), 0
+    while levels.anyone or batch:
+        joining = levels.join(len(batch), max(1, rows // 8))
+        assert not (joining.fresh and joining.parked)
+        assert set(joining.parked) <= parked
+        parked -= set(joining.parked)
+        batch += joining.fresh + joining.parked
+        assert 0 < len(batch) <= rows
+        assert len(set(batch) | parked | set(ended)) == len(batch) + len(parked) + len(ended)
+        if joining.parked:
+            continue
+        stepping = joining.fresh or batch
+        computed += len(stepping) * max(length[i] for i in stepping)
+        for i in stepping:
+            length[i] += 1
+        assert sum(length[i] for i in [*batch, *parked]) <= (rows + 1) * longest + len(batch) + len(parked)
+        done = {i for i in batch if length[i] >= prompts[i] + answers[i]}
+        ended += done
+        left = [i for i in batch if i not in done]
+        leaving = {left[place] for place in levels.outgrown([length[i] for i in left])}
+        for i in leaving:
+            levels.park(i, length[i])
+        parked |= leaving
+        batch = [i for i in left if i not in leaving]
+    return ended, computed
+
+
+@given(st.data())
+def test_every_row_ends_once_and_memory_is_that_of_a_full_batch(data):
+    """The assertions are in `run`."""
+    n = data.draw(st.integers(1, 40))
+    prompts = data.draw(st.lists(st.integers(1, 60), min_size=n, max_size=n))
+    answers = data.draw(st.lists(st.integers(1, 120), min_size=n, max_size=n))
+    ended, _ = run(prompts, answers, data.draw(st.integers(1, 12)), data.draw(st.integers(1, 300)))
+    assert sorted(ended) == list(range(n))
+
+
+def test_long_rows_cost_the_others_nothing():
+    """One in ten is twenty times as long. Each row by itself is the floor; one that pays for the longest is not."""
+    n, rows = 320, 16
+    answers = [400 if i % 10 == 0 else 20 for i in range(n)]
+    floor = sum(a * (a + 1) // 2 for a in answers)
+    _, computed = run([1] * n, answers, rows, lowest=32)
+    _, with_one_level = run([1] * n, answers, rows, lowest=401)
+    assert computed < 1.5 * floor
+    assert with_one_level > 2 * floor
+
+
+def test_rows_that_nobody_waits_for_are_not_parked():
+    levels = Levels([3, 3], 2, 100, 8)
+    assert levels.join(0, 1).fresh == [0, 1]
+    assert levels.outgrown([50, 60]) == []
+
+
+def test_prompts_of_the_lowest_level_go_first_and_long_prompts_among_their_like():
+    levels = Levels([100, 90, 5, 4], 2, 200, 8)
+    assert levels.join(0, 1).fresh == [2, 3]
+    assert levels.limit == 8
+    assert levels.join(2, 1) == ([], [])
+    assert levels.join(0, 1).fresh == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "token", "tokens"), [(3e9, 64, 28_672, 1634), (4e6, 64, 4096, LEAST_TOKENS), (1e9, 1, 0, 10**9)]
+)
+def test_the_lowest_level_is_where_keys_and_values_outweigh_the_model(model, rows, token, tokens):
+    assert lowest_level(int(model), rows, token) == tokens
