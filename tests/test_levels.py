@@ -16,7 +16,7 @@ def run(prompts, answers, rows, lowest=8):
     levels = Levels(prompts, rows, longest, lowest)
     length, batch, ended, parked, computed = list(prompts), [], [], set(), 0
     while levels.anyone or batch:
-        joining = levels.join(len(batch), max(1, rows // 8))
+        joining = levels.join(len(batch))
         assert not (joining.fresh and joining.parked)
         assert set(joining.parked) <= parked
         parked -= set(joining.parked)
@@ -32,6 +32,8 @@ def run(prompts, answers, rows, lowest=8):
         assert sum(length[i] for i in [*batch, *parked]) <= (rows + 1) * longest + len(batch) + len(parked)
         done = {i for i in batch if length[i] >= prompts[i] + answers[i]}
         ended += done
+        for i in done:
+            levels.end(answers[i])
         left = [i for i in batch if i not in done]
         leaving = {left[place] for place in levels.outgrown([length[i] for i in left])}
         for i in leaving:
@@ -64,16 +66,16 @@ def test_long_rows_cost_the_others_nothing():
 
 def test_rows_that_nobody_waits_for_are_not_parked():
     levels = Levels([3, 3], 2, 100, 8)
-    assert levels.join(0, 1).fresh == [0, 1]
+    assert levels.join(0).fresh == [0, 1]
     assert levels.outgrown([50, 60]) == []
 
 
 def test_prompts_of_the_lowest_level_go_first_and_long_prompts_among_their_like():
     levels = Levels([100, 90, 5, 4], 2, 200, 8)
-    assert levels.join(0, 1).fresh == [2, 3]
+    assert levels.join(0).fresh == [2, 3]
     assert levels.limit == 8
-    assert levels.join(2, 1) == ([], [])
-    assert levels.join(0, 1).fresh == [0, 1]
+    assert levels.join(2) == ([], [])
+    assert levels.join(0).fresh == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,51 +1,79 @@
 """What a batch that is refilled costs: from the lengths of its answers, and from tries that were timed.
 
-A step of the batch takes a while, each row in it some more, and attention more again: every row is padded to the
-longest. So a few answers that run on make all others dear as long as rows are refilled, which no try shows that ends
-when they do.
+A call takes a while, a step of the batch some more, each row in it and each prompt more again; and so does attention:
+every row is padded to the longest. Which rows are decoded together is what the engine's own schedule says.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from fitness.engines.levels import Levels, lowest_level
+
+ALWAYS, IF_NEEDED = (0, 2, 3), (4, 1)
+"""Kinds of work that are reckoned with: calls, steps and rows; and attention and prompts, which tries may not tell from
+these.
+"""
 BETTER = 0.5
-"""Attention is reckoned with where the misfit is less than this share of what it is without."""
+"""A kind is needed where the misfit with it is less than this share of what it is without."""
 
 
-def work(lengths: Sequence[int], rows: int) -> NDArray[np.float64]:
-    """What is done to write answers.
+@dataclass(frozen=True)
+class Batch:
+    """Answers that are decoded together."""
 
-    Args:
-        lengths: tokens of each, in the order in which they are begun.
-        rows: answers that are written together; one that ends makes room for the next.
+    rows: int
+    """At most."""
+    prompt: int = 1
+    """Tokens of a prompt."""
+    model_bytes: int = 0
+    token_bytes: int = 1
+    """Of a token's keys and values."""
 
-    Returns:
-        calls (1), steps, rows summed over steps, and rows times tokens of the longest summed over steps.
-    """
-    now = n_steps = row_steps = attended = begun = 0
-    ends: list[int] = []
-    running: list[tuple[int, int]] = []  # by start; those that have ended are dropped when they come to the top
-    while begun < len(lengths) or ends:
-        while begun < len(lengths) and len(ends) < rows:
-            end = now + max(1, lengths[begun])
-            heapq.heappush(ends, end)
-            heapq.heappush(running, (now, end))
-            begun += 1
-        while running[0][1] <= now:
-            heapq.heappop(running)
-        d, longest = ends[0] - now, now - running[0][0]
-        n_steps, row_steps = n_steps + d, row_steps + d * len(ends)
-        attended += len(ends) * (d * longest + d * (d + 1) // 2)
-        now = ends[0]
-        while ends and ends[0] == now:
-            heapq.heappop(ends)
-    return np.array([1, n_steps, row_steps, attended], np.float64)
+    def work(self, lengths: Sequence[int], most: int) -> NDArray[np.float64]:
+        """What is done to write answers.
+
+        Args:
+            lengths: tokens of each, in the order in which they are begun.
+            most: that they may have.
+
+        Returns:
+            calls (1), prompts, steps, rows summed over steps, and rows times tokens of the longest summed over steps.
+        """
+        total, written = np.maximum(1, lengths), np.zeros(len(lengths), np.int64)
+        lowest = lowest_level(self.model_bytes, self.rows, self.token_bytes)
+        others = Levels([self.prompt] * len(lengths), self.rows, self.prompt + most, lowest)
+        inside = np.zeros(0, np.int64)  # the batch
+        n_steps = row_steps = attended = 0
+        while others.anyone or len(inside):
+            joining = others.join(len(inside))
+            new = np.array(joining.fresh or joining.parked, np.int64)
+            inside = np.append(inside, new)
+            if joining.parked:
+                continue
+            stepping, d = new, 1  # a pass over prompts writes a token, too
+            if not joining.fresh:
+                stepping, d = inside, int((total - written)[inside].min())
+                if others.anyone:
+                    d = min(d, others.limit + 1 - self.prompt - int(written[inside].max()))
+            longest = self.prompt + int(written[stepping].max())
+            n_steps, row_steps = n_steps + d, row_steps + d * len(stepping)
+            attended += len(stepping) * (d * longest + d * (d + 1) // 2)
+            written[stepping] += d
+            ended = written[inside] >= total[inside]
+            for i in inside[ended]:
+                others.end(int(total[i]))
+            inside = inside[~ended]
+            outgrown = others.outgrown((self.prompt + written[inside]).tolist())
+            for i in inside[outgrown]:
+                others.park(int(i), self.prompt + int(written[i]))
+            inside = np.delete(inside, outgrown)
+        return np.array([1, len(lengths), n_steps, row_steps, attended], np.float64)
 
 
 def prices(done: Sequence[NDArray[np.float64]], seconds: Sequence[float]) -> NDArray[np.float64]:
@@ -59,7 +87,12 @@ def prices(done: Sequence[NDArray[np.float64]], seconds: Sequence[float]) -> NDA
     took = np.asarray(seconds) * weights
     every = np.stack(done) * weights[:, None]
     scale = np.maximum(np.linalg.norm(every, axis=0), 1e-12)
-    plain, without = nnls(every[:, :3] / scale[:3], took)
-    full, with_attention = nnls(every / scale, took)
-    chosen = full if with_attention < BETTER * without - 1e-9 * np.linalg.norm(took) else np.append(plain, 0.0)
-    return np.asarray(chosen / scale)
+    kinds, nothing = list(ALWAYS), 1e-9 * float(np.linalg.norm(took))
+    found, misfit = nnls(every[:, kinds] / scale[kinds], took)
+    for kind in IF_NEEDED:
+        more, less = nnls(every[:, [*kinds, kind]] / scale[[*kinds, kind]], took)
+        if less < BETTER * misfit - nothing:
+            kinds, found, misfit = [*kinds, kind], more, less
+    each = np.zeros(len(scale))
+    each[kinds] = found / scale[kinds]
+    return each

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,11 +43,13 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
     write = [_evaluate(worker, config, merge, 1, 1).detail["write_seconds"] for merge in merges][-1]
     n, found = len(task.problems(Split.SEARCH)), []
     samples = planned.load.answers // n
-    rows, most = math.ceil(planned.settings.rows / samples), config.engine.max_tokens
+    batch, most = planned.batch, config.engine.max_tokens
     tried = [merges[-1], *first[: len(config.parents)]]
     for n_left, candidate in zip(range(len(tried), 0, -1), tried, strict=True):
-        tries = explore(Asker(worker, config, candidate), n, rows, most, (deadline - time.monotonic()) / n_left)
-        found.append(estimate(tries, n, planned.settings.rows, most, tokens))
+        tries = explore(
+            Asker(worker, config, candidate), n, batch, samples, most, (deadline - time.monotonic()) / n_left
+        )
+        found.append(estimate(tries, n, batch, most, tokens))
         took = [write + one for one in found[-1].seconds]
         last = f"tried {tries[-1].n} of {n} problems, answers up to {tries[-1].cap} tokens"
         yield f"{candidate.name}: {spans(*took)} a candidate, {_range(*found[-1].tokens)} tokens ({last})"

@@ -50,14 +50,11 @@ def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
     return 8 * max(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint)) + MERGE_BYTES
 
 
-def cache_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
-    """Cached keys and values of one answer, in as many columns as their buffer comes to have. Of MLA (DeepSeek)
-    transformers caches the latents.
+def cache_token_bytes(config: Mapping[str, Any], item: int) -> int:
+    """Cached keys and values of one token. Of MLA (DeepSeek) transformers caches the latents.
 
     Args:
         config: config.json.
-        prompt: tokens of the longest prompt.
-        max_tokens: of an answer.
         item: bytes of a number.
     """
     config = config.get("text_config") or config
@@ -66,7 +63,19 @@ def cache_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, ite
     else:
         heads, head = _heads(config)
         width = 2 * (config.get("num_key_value_heads") or heads) * head
-    return int(columns(prompt, max_tokens) * config["num_hidden_layers"] * width * item)
+    return int(config["num_hidden_layers"] * width * item)
+
+
+def cache_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
+    """Cached keys and values of one answer, in as many columns as their buffer comes to have.
+
+    Args:
+        config: config.json.
+        prompt: tokens of the longest prompt.
+        max_tokens: of an answer.
+        item: bytes of a number.
+    """
+    return columns(prompt, max_tokens) * cache_token_bytes(config, item)
 
 
 def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:

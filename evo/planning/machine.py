@@ -25,7 +25,8 @@ from evo.assemble import (
 from evo.checkpoint import Checkpoint
 from evo.components import component_options
 from evo.config import Config
-from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, model_bytes
+from evo.planning.batching import Batch
+from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, cache_token_bytes, model_bytes
 from evo.planning.plan import Load, Plan, Settings, check, make_plan
 from evo.planning.ranks import rank_table
 from evo.planning.sources import Sources, used_sources
@@ -56,6 +57,14 @@ class Planned:
     """Bytes, by place."""
     bandwidth: float
     """Bytes a second that a copy reads and writes."""
+
+    @property
+    def batch(self) -> Batch:
+        """Of answers that are decoded together."""
+        token = cache_token_bytes(
+            self.checkpoints[self.config.interface_parent].config(), DTYPE_BYTES[self.settings.dtype]
+        )
+        return Batch(self.settings.rows, self.load.prompt, self.plan.model, token)
 
     def report(self, tokens: float | None) -> Iterator[str]:
         """Lines for a terminal: bytes by place, then seconds.

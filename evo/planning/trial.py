@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evo.planning.batching import prices, work
+from evo.planning.batching import Batch, prices
 
 FIRST_TOKENS = 4
 WORTH_IT = 1.3
@@ -50,13 +50,14 @@ Ask = Callable[[int, int], Try]
 """Tries so many problems, with answers of at most so many tokens."""
 
 
-def explore(ask: Ask, n: int, rows: int, most: int, seconds: float) -> list[Try]:
+def explore(ask: Ask, n: int, batch: Batch, samples: int, most: int, seconds: float) -> list[Try]:
     """Larger and larger tries, within some seconds if the first alone, a problem and a few tokens, is.
 
     Args:
         ask: makes a try.
         n: problems that a candidate is asked.
-        rows: problems that are decoded together.
+        batch: in which they are decoded.
+        samples: answers of a problem.
         most: tokens of an answer.
         seconds: that there are.
     """
@@ -64,15 +65,15 @@ def explore(ask: Ask, n: int, rows: int, most: int, seconds: float) -> list[Try]
     while True:
         found.append(ask(*size))
         left = 0.8 * (seconds - sum(one.seconds for one in found))
-        following = _larger(found, max(0.0, left), n, min(rows, n), most)
+        following = _larger(found, max(0.0, left), n, batch, samples, most)
         if following is None:
             return found
         size = following
 
 
-def _larger(found: list[Try], left: float, n: int, rows: int, most: int) -> tuple[int, int] | None:
+def _larger(found: list[Try], left: float, n: int, batch: Batch, samples: int, most: int) -> tuple[int, int] | None:
     """The next size, which should take no longer than the seconds that are left."""
-    last = found[-1]
+    last, rows = found[-1], min(n, math.ceil(batch.rows / samples))
     room = left / max(last.seconds, 1e-9)
     if last.n < rows:
         growth = min(4.0, room)
@@ -80,26 +81,26 @@ def _larger(found: list[Try], left: float, n: int, rows: int, most: int) -> tupl
     if last.n == rows and last.cap < most and last.cut:
         growth = min(4.0, math.sqrt(room))  # attention to all that was written: seconds may grow as the square
         return (last.n, min(most, math.ceil(last.cap * growth))) if growth >= WORTH_IT else None
-    more, n_rows = min(n, int(last.n * min(4.0, room))), rows * len(last.lengths) // last.n
+    more = min(n, int(last.n * min(4.0, room)))
     while more >= min(n, WORTH_IT * last.n) and last.n < n:
-        if estimate(found, more, n_rows, most).seconds[1] <= left:
+        if estimate(found, more, batch, most).seconds[1] <= left:
             return more, most
         more = int(0.9 * more)
     return None
 
 
-def estimate(found: list[Try], n: int, rows: int, most: int, tokens: float | None = None) -> Estimate:
+def estimate(found: list[Try], n: int, batch: Batch, most: int, tokens: float | None = None) -> Estimate:
     """Extrapolate to all problems: what the last try took, and the price of what is done beyond it.
 
     Args:
         found: of `explore`.
         n: problems that a candidate is asked.
-        rows: answers that are decoded together.
+        batch: in which they are decoded.
         most: tokens of an answer.
         tokens: mean tokens of an answer, if somebody knows; used where answers did not end in time.
     """
     last = found[-1]
-    done = [work(one.lengths, rows) for one in found]
+    done = [batch.work(one.lengths, one.cap) for one in found]
     each, n_answers = prices(done, [one.seconds for one in found]), n * len(last.lengths) // last.n
     low, high = last.cap, most if last.cut else last.cap
     if last.cut and tokens is not None:
@@ -109,6 +110,6 @@ def estimate(found: list[Try], n: int, rows: int, most: int, tokens: float | Non
     for cut_at in (low, high):
         grown = [cut_at if length >= last.cap else length for length in last.lengths]
         answers = [grown[i % len(grown)] for i in range(n_answers)]
-        ends.append((last.seconds + float(each @ (work(answers, rows) - done[-1])), float(sum(answers))))
+        ends.append((last.seconds + float(each @ (batch.work(answers, cut_at) - done[-1])), float(sum(answers))))
     seconds, written = zip(*ends, strict=True)
     return Estimate(seconds, written)

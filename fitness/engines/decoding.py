@@ -94,7 +94,7 @@ class Decoder:
         cache = Columns(batch.capacity) if self._refill else DynamicCache(config=self._model.config)
         others, parked = self._others(batch), dict[int, _Parked]()
         while others.anyone or batch.n_rows:
-            joining = others.join(batch.n_rows, batch.worth_joining())
+            joining = others.join(batch.n_rows)
             if joining.parked:
                 again = [parked.pop(i) for i in joining.parked]
                 batch.join_again(joining.parked, [row.tokens for row in again])
@@ -107,7 +107,8 @@ class Decoder:
                 logits, rows = self._step(batch, cache), slice(0, batch.n_rows)
             leaving = self._write(batch, logits, rows)
             for row in leaving:
-                done[wanted[batch.index[row]]] = batch.end(row)
+                written = done[wanted[batch.index[row]]] = batch.written(row)
+                others.end(len(written))
             for row in others.outgrown(batch.length.tolist()):
                 if not batch.finished[row]:
                     i, length = int(batch.index[row]), int(batch.length[row])
@@ -188,7 +189,6 @@ class _Batch:
         self.index = np.zeros(0, np.int64)  # (B,) which request each row continues
         self.length = np.zeros(0, np.int64)  # (B,) tokens of prompt and continuation
         self.finished = np.zeros(0, np.bool_)  # (B,)
-        self._n_ended = self._n_tokens = 0
         self.n_prompt = np.array([len(r.ids) for r in requests], np.int64)
         self._limits = np.array([r.max_tokens for r in requests], np.int64)
         self._seeds = np.array([r.seed for r in requests], np.uint64)
@@ -260,21 +260,10 @@ class _Batch:
         tokens = self.tokens[rows, :longest]
         return torch.where(there.to(self._device), tokens, tokens[:, :1])
 
-    def end(self, row: int) -> list[int]:
-        """The continuation of a row that has ended."""
-        n_prompt = self.n_prompt[self.index[row]]
-        written: list[int] = self.tokens[row, n_prompt : self.length[row]].tolist()
-        self._n_ended, self._n_tokens = self._n_ended + 1, self._n_tokens + len(written)
-        return written
-
-    def worth_joining(self) -> int:
-        """How many rows should be free before prompts join.
-
-        A pass over prompts costs about a step. With a share f of the rows free before each, a row takes 1/f of
-        a pass over prompts and n/(1 - f/2) steps per batch: least at f = sqrt(2/n), n being the mean length.
-        """
-        mean = self._n_tokens / max(1, self._n_ended)
-        return int(min(0.5, (2 / max(1.0, mean)) ** 0.5) * self.capacity) or 1
+    def written(self, row: int) -> list[int]:
+        """The continuation of a row."""
+        found: list[int] = self.tokens[row, self.n_prompt[self.index[row]] : self.length[row]].tolist()
+        return found
 
     def keep(self, order: list[int]) -> None:
         """Take the rows in this order and forget the others."""

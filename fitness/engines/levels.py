@@ -59,6 +59,7 @@ class Levels:
         self._may_park = self._room - rows * min(longest, lowest)
         self._level = self._n_parked_tokens = 0
         self._is_full = False
+        self._n_ended = self._n_written = 0
         self._fresh: dict[int, deque[int]] = {}
         self._parked: dict[int, deque[int]] = {}
         self._lengths: dict[int, int] = {}  # of what is parked
@@ -75,13 +76,8 @@ class Levels:
         """Tokens that a row may come to before it is parked."""
         return self._tokens_of(self._level) if self.anyone else self._longest
 
-    def join(self, n_rows: int, worth: int) -> Joining:
-        """Take rows that are to join the batch now; none if it should take a step.
-
-        Args:
-            n_rows: rows in the batch.
-            worth: rows that should be free before prompts are read, if there is another row.
-        """
+    def join(self, n_rows: int) -> Joining:
+        """Take rows that are to join the batch, which has so many, now; none if it should take a step."""
         if not self.anyone:
             return Joining([], [])
         if self._is_full:
@@ -95,7 +91,7 @@ class Levels:
         free, room = self._rows - n_rows, self._room - self._n_parked_tokens - n_rows * self.limit
         if self._level in self._fresh and not self._is_full:
             n = min(free, max(room // self.limit, n_rows == 0))
-            return Joining(self._take_fresh(n) if n >= worth or n_rows == 0 else [], [])
+            return Joining(self._take_fresh(n) if n_rows == 0 or n >= self._worth_joining() else [], [])
         return Joining([], self._take_parked(free, room, n_rows == 0))
 
     def outgrown(self, lengths: Sequence[int]) -> list[int]:
@@ -108,6 +104,19 @@ class Levels:
         self._parked.setdefault(self._level_of(length), deque()).append(row)
         self._lengths[row] = length
         self._n_parked_tokens += length
+
+    def end(self, n_written: int) -> None:
+        """A row of the batch has ended with so many new tokens."""
+        self._n_ended, self._n_written = self._n_ended + 1, self._n_written + n_written
+
+    def _worth_joining(self) -> int:
+        """How many rows should be free before prompts join.
+
+        A pass over prompts costs about a step. With a share f of the rows free before each, a row takes 1/f of
+        a pass over prompts and n/(1 - f/2) steps per batch: least at f = sqrt(2/n), n being the mean length.
+        """
+        mean = self._n_written / max(1, self._n_ended)
+        return int(min(0.5, (2 / max(1.0, mean)) ** 0.5) * self._rows) or 1
 
     def _waiting(self) -> Iterator[int]:
         yield from self._fresh
