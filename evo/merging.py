@@ -9,6 +9,7 @@ import torch
 from evo.checkpoint import Checkpoint
 from evo.deltas import Deltas
 from evo.encodings import Stored, Watcher
+from evo.encodings.plain import Plain
 from evo.holdings import matrix_of
 from evo.job import Job
 from evo.measured import Measured
@@ -22,6 +23,8 @@ from search_spaces.layout import Part
 
 CHUNK_ELEMENTS = 1 << 18
 """Parts are merged in blocks of this size: float32 temporaries take 1 MiB each, and stay in the cache."""
+COMPILED_ELEMENTS = 1 << 22
+"""The same where a loop needs no temporaries."""
 
 
 class Merger:
@@ -107,11 +110,12 @@ class Merger:
         keys = self._noise_keys(part, job) if method.random else ()
         corner, width = self._place(part, region) if region else ((0, 0), None)
         merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
-        if compiled := merge.compiled():
-            self.n_compiled += 1
+        output, shape, compiled = source(0).encoding.output, source(0).shape, merge.compiled()
+        self.n_compiled += compiled is not None
+        if compiled and isinstance(output, Plain):
             return compiled
-        output, shape = source(0).encoding.output, source(0).shape
-        return Stored(output, output.encode(shape, device, merge.block, CHUNK_ELEMENTS, watch))
+        values, chunk = (compiled.block, COMPILED_ELEMENTS) if compiled else (merge.block, CHUNK_ELEMENTS)
+        return Stored(output, output.encode(shape, device, values, chunk, watch))
 
     def _operands(self, part: Part, job: Job, source: Callable[[int], Stored]) -> list[Operand]:
         """The base, then the donors: themselves, or what is left of them."""

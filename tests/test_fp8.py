@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
-from evo.encodings.fp8_blocks import Fp8Blocks, floats
+from evo.encodings.fp8_blocks import Fp8Blocks
 from evo.encodings.rounding import Rounding
 from evo.materializer import Materializer
+from evo.merge import kernels
+from evo.merge.cpp_loop import find_compiler
+from evo.merge.scaled import floats
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, copy_of
 from tests.conftest import make_checkpoint
@@ -19,6 +22,16 @@ from tests.encoding import dequantize, e4m3_round, e4m3_values, files_of, is_qua
 from tests.test_materializer import exported, random_recipe, sources_of
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, params=["on tensors", "compiled"])
+def path(request, monkeypatch):
+    """Both paths have to do everything: what is compiled is compiled for tensors of any size."""
+    if request.param == "on tensors":
+        monkeypatch.setenv(kernels.OFF, "1")
+    elif find_compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
 
 
 def encode(w, encoding, chunk=1000):

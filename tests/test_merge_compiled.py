@@ -2,18 +2,21 @@
 
 import logging
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
 
 from evo.checkpoint import Checkpoint
+from evo.encodings.fp8_blocks import Fp8Blocks
 from evo.materializer import Materializer
-from evo.merge import METHODS, apply, cpp_loop, get_method, kernels
+from evo.merge import METHODS, cpp_loop, get_method, kernels
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import as_matrix
 from evo.merge.cpp_loop import find_compiler
 from evo.merge.kernels import Fused, fuse, record
 from evo.merge.noise import stream_key
+from evo.merge.tape import Tape
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.merging import SETTINGS, arguments_of
 
@@ -22,7 +25,7 @@ COMPILED = ["linear", "ties", "dare_ties", "della", "sce", "model_stock", "ram",
 """Between them they use every operation that a loop knows."""
 
 
-def part_merge(name, dtype=torch.bfloat16, shape=(37, 1031), coefficients=(0.3, 0.45), scale=1.0):
+def part_merge(name, dtype=torch.bfloat16, shape=(37, 1031), coefficients=(0.3, 0.45), scale=1.0, device="cpu"):
     """A merge of random matrices that hold zeros of both signs, denormals, and equal magnitudes."""
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(shape, generator=generator) * scale
@@ -31,7 +34,7 @@ def part_merge(name, dtype=torch.bfloat16, shape=(37, 1031), coefficients=(0.3, 
         flat = tensor.view(-1)
         flat[torch.randint(flat.numel(), (flat.numel() // 50,), generator=generator)] = -0.0
         flat[torch.randint(flat.numel(), (flat.numel() // 50,), generator=generator)] = 3e-39
-    base, donors = base.to(dtype), {d: donor.to(dtype) for d, donor in donors.items()}
+    base, donors = base.to(device, dtype), {d: donor.to(device, dtype) for d, donor in donors.items()}
     arguments = arguments_of(name, donors, base, SETTINGS.get(name, {}))
     arguments.pop("noise", None)
     keys = [stream_key(0, d) for d in donors] if get_method(name).random else []
@@ -39,9 +42,22 @@ def part_merge(name, dtype=torch.bfloat16, shape=(37, 1031), coefficients=(0.3, 
     return PartMerge(get_method(name), as_matrix(base), matrices, coefficients, arguments, keys)
 
 
+def in_fp8(merge, names=("base", "donors"), block=(16, 128), first=0):
+    """The same merge of matrices stored as FP8, or of some of them, or from some row on."""
+
+    def stored(matrix):
+        encoding = Fp8Blocks(block)
+        pieces = encoding.encode(matrix.shape, matrix.device, lambda at: matrix[at].float(), 1 << 16)
+        return encoding.operand([pieces[0][first:], pieces[1][first // block[0] :]])
+
+    changed = {"base": stored(merge.base), "donors": [stored(donor) for donor in merge.donors]}
+    return replace(merge, **{name: changed[name] for name in names})
+
+
 def on_tensors(merge):
     n_rows, n_columns = merge.base.shape
-    return merge.block((slice(0, n_rows), slice(0, n_columns))).to(merge.base.dtype)
+    dtype = merge.base.dtype if isinstance(merge.base, torch.Tensor) else torch.float32
+    return merge.block((slice(0, n_rows), slice(0, n_columns))).to(dtype)
 
 
 def loop_of(merge):
@@ -61,6 +77,67 @@ def test_same_bits(name):
     found = torch.empty_like(merge.base)
     loop_of(merge).run(found)
     assert torch.equal(bits(found), bits(on_tensors(merge)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("stored", [("base", "donors"), ("donors",), ("base",)])
+def test_same_bits_of_what_is_stored_as_fp8(name, stored):
+    """Result in float32, to be encoded, where the base is; else in the base's dtype."""
+    merge = in_fp8(part_merge(name), stored)
+    fused = loop_of(merge)
+    assert fused.dtype == (torch.float32 if "base" in stored else torch.bfloat16)
+    assert torch.equal(bits(fused.result()), bits(on_tensors(merge).view(-1)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("block", [(16, 128), (1, 8), (128, 300), (5, 1031)])
+def test_blocks_of_fp8_may_have_any_shape_and_merges_start_anywhere(block):
+    merge = in_fp8(part_merge("della", shape=(40, 1031)), block=block)
+    expected, fused = on_tensors(merge), loop_of(merge)
+    whole = expected.view(-1)
+    for begin in (0, 1, 127, 1031, 20_000):
+        found = torch.empty(len(whole) - begin)
+        fused.run(found, begin)
+        assert torch.equal(bits(found), bits(whole[begin:]))
+    assert torch.equal(fused.block((slice(3, 9), slice(0, 1031))), expected[3:9])
+    assert torch.equal(fused.block((slice(7, 8), slice(100, 777))), expected[7:8, 100:777])
+
+
+def floats_around_those_of_e4m3():
+    """Every bfloat16 number; and all E4M3 numbers, the middles between them, and the float32 numbers next to these."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    found = [torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()]
+    for exact in (codes, (codes[1:] + codes[:-1]) / 2):
+        found += [sign * exact.nextafter(torch.tensor(end)) for sign in (1, -1) for end in (-1e9, 1e9)]
+        found += [exact, -exact]
+    found = torch.cat(found)
+    return found[~(found.abs() > 464.0)][None]  # versions of torch differ on what is out of range; it is cut off before
+
+
+@needs_compiler
+def test_e4m3_is_rounded_and_read_as_torch_does(monkeypatch):
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
+    values = floats_around_those_of_e4m3()
+    expected = values.to(torch.float8_e4m3fn)
+    tape = Tape()
+    fused = kernels._fused(tape, tape.key(tape.read(values)), torch.float8_e4m3fn, [], True, 0)
+    found = fused.result()[None]
+    number = ~expected.float().isnan()
+    assert torch.equal(found.view(torch.uint8)[number], expected.view(torch.uint8)[number])
+    assert found.float()[~number].isnan().all()
+    tape, back = Tape(), found[number][None].contiguous()
+    fused = kernels._fused(tape, tape.key(tape.read(back)), torch.float32, [], True, 0)
+    assert torch.equal(bits(fused.result()), bits(back.float()[0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["dare_ties", "della"])
+def test_some_rows_of_fp8_are_those_of_the_whole(name):
+    merge = part_merge(name)
+    expected, rows = on_tensors(in_fp8(merge)), in_fp8(merge, first=16)
+    fused = fuse(rows.method, [rows.base, *rows.donors], rows.coefficients, rows.arguments, rows.keys, first=16 * 1031)
+    assert torch.equal(bits(fused.result()), bits(expected[16:].reshape(-1)))
 
 
 @needs_compiler
@@ -117,7 +194,7 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("target", ["same", "float32", "transposed"])
 def test_a_slot_is_written_directly_where_it_can_hold_the_bits(target, monkeypatch):
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     merge = part_merge("della")
     slot = torch.empty_like(merge.base, dtype=torch.float32 if target == "float32" else None)
     if target == "transposed":
@@ -135,13 +212,13 @@ def test_candidates_share_a_loop(name):
     keys = set()
     for coefficients, scale in (((0.3, 0.45), 4.0), ((0.12, 0.41), 5.0)):
         merge = part_merge(name, coefficients=coefficients, scale=scale)
-        keys.add(record(merge.method, coefficients, merge.arguments)[1])
+        keys.add(record(merge.method, [merge.base, *merge.donors], coefficients, merge.arguments)[1])
     assert len(keys) == 1
 
 
 def test_a_missing_compiler_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(cpp_loop, "find_compiler", lambda: None)
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     kernels._loops.clear()
     kernels._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -156,7 +233,7 @@ def test_a_loop_with_other_bits_is_not_used(monkeypatch, caplog):
     """Such as from a compiler that contracts a product and a sum, whatever it has been told."""
     source_of = cpp_loop.source_of
     monkeypatch.setattr(cpp_loop, "source_of", lambda *key: source_of(*key).replace("+ 0x7fffu", "+ 0x7ffeu"))
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     kernels._loops.clear()
     assert part_merge("linear").compiled() is None
     kernels._loops.clear()
@@ -167,7 +244,7 @@ def test_a_loop_with_other_bits_is_not_used(monkeypatch, caplog):
 def test_a_loop_that_does_not_run_is_not_used(monkeypatch, caplog):
     """As Triton's, which are compiled when they are first run."""
     monkeypatch.setattr(cpp_loop.CppLoop, "run", lambda *args: args[99])
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     kernels._loops.clear()
     assert part_merge("linear").compiled() is None
     kernels._loops.clear()
@@ -175,7 +252,7 @@ def test_a_loop_that_does_not_run_is_not_used(monkeypatch, caplog):
 
 
 def test_compiling_can_be_switched_off(monkeypatch):
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     monkeypatch.setenv(kernels.OFF, "1")
     assert part_merge("linear").compiled() is None
 
@@ -187,7 +264,7 @@ def test_models_and_exports_get_the_same_bits_with_and_without_a_compiler(moe_pa
     recipe = Recipe(sources, "b", "a", (Rule("linear", {"a": 0.3}),))
     on_tensors = dict(Materializer(checkpoints).stream(recipe))
     slots = {name: torch.empty_like(tensor) for name, tensor in on_tensors.items()}
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     report = Materializer(checkpoints, slots).write(recipe.to_dict())
     assert report.n_compiled == report.n_written > 0
     streamed = dict(Materializer(checkpoints).stream(recipe))

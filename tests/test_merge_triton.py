@@ -7,8 +7,9 @@ import torch
 
 from evo.merge import METHODS, kernels
 from evo.merge.kernels import fuse, record
+from evo.merge.tape import Tape
 from evo.merge.triton_kernel import MOST_ELEMENTS, TritonKernel
-from tests.test_merge_compiled import bits, on_tensors, part_merge
+from tests.test_merge_compiled import bits, floats_around_those_of_e4m3, in_fp8, on_tensors, part_merge
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -45,6 +46,25 @@ def test_same_bits(device, name):
     assert torch.equal(bits(found_by(fused)), bits(expected.view(-1)))
 
 
+@pytest.mark.parametrize("name", ["linear", "della"])
+@pytest.mark.parametrize("block", [(16, 128), (5, 300)])
+def test_same_bits_of_what_is_stored_as_fp8(device, name, block):
+    merge = in_fp8(part_merge(name), block=block)
+    on_device = in_fp8(part_merge(name, device=device), block=block)
+    operands = [on_device.base, *on_device.donors]
+    fused = fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys)
+    assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).view(-1)))
+
+
+def test_e4m3_is_rounded_as_torch_does(device):
+    values, tape = floats_around_those_of_e4m3().to(device), Tape()
+    fused = kernels._fused(tape, tape.key(tape.read(values)), torch.float8_e4m3fn, [], True, 0)
+    expected, found = values.cpu()[0].to(torch.float8_e4m3fn), fused.result().cpu()
+    number = ~expected.float().isnan()
+    assert torch.equal(found.view(torch.uint8)[number], expected.view(torch.uint8)[number])
+    assert found.float()[~number].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-38, 1e4])
 def test_same_bits_in_other_dtypes_and_at_both_ends_of_their_range(device, dtype, scale):
@@ -78,7 +98,7 @@ def test_what_is_compiled_for_a_gpu_rounds_every_operation_by_itself_and_reads_1
     """Triton needs no GPU to compile for one (here of compute capability 9.0)."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     merge = part_merge(name)
-    _, nodes = record(merge.method, merge.coefficients, merge.arguments)
+    _, nodes = record(merge.method, [merge.base, *merge.donors], merge.coefficients, merge.arguments)
     kernel = TritonKernel(nodes, (torch.bfloat16,) * 4)._kernel
     kinds = {"N": "constexpr", "o": "*bf16", "x": "*bf16", "s": "fp32", "t": "*fp32"}
     signature = {n: kinds.get(n if n == "N" else n[0], "i32") for n in kernel.arg_names}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.materializer import Materializer
-from evo.merge import apply
+from evo.merge import kernels
 from evo.merge.cpp_loop import find_compiler
 from evo.merge.noise import uniforms, uniforms_of_rows
 from evo.parallel import LAYOUTS
@@ -123,9 +123,9 @@ def test_any_region_of_a_matrix_has_the_bits_of_the_whole(moe_parents, method):
 def test_regions_run_the_compiled_loop(moe_parents, name, n_compiled, monkeypatch):
     """But not for noise of some columns."""
     recipe = recipes_of(moe_parents)[name]
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 1 << 60)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 1 << 60)
     expected = whole(moe_parents, recipe)[NAME]
-    monkeypatch.setattr(apply, "FUSE_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     shards = [Shard(torch.empty_like(expected[at]), *at) for at in REGIONS]
     report = Materializer(open_checkpoints(moe_parents), {NAME: shards}, partial=True).write(recipe.to_dict())
     assert report.n_compiled == n_compiled

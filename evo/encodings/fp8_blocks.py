@@ -20,11 +20,13 @@ from torch.nn.functional import pad
 from evo.encodings import EncodingError, Entry, TensorHeader, Values, Watcher, cut_units
 from evo.encodings.plain import DTYPES
 from evo.merge.blocks import Operand, Region, blocks
+from evo.merge.kernels import compute
+from evo.merge.scaled import Scaled
+from evo.merge.tape import Symbol, Tape
 
 LARGEST = 448.0
 """The largest E4M3 number."""
 _SUFFIX = "_scale_inv"
-_SIGN_AND_MAGNITUDE = 0x87F00000 - (1 << 32)
 _MANTISSA = (1 << 23) - 1
 
 
@@ -56,7 +58,7 @@ class Fp8Blocks:
 
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """See Encoding."""
-        return _Scaled(pieces[0], pieces[1], self.block)
+        return Scaled(pieces[0], pieces[1], self.block)
 
     def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
         """See Encoding."""
@@ -70,25 +72,43 @@ class Fp8Blocks:
         scales = torch.empty(grid(shape, self.block), dtype=DTYPES[self.scale_dtype], device=device)
         for i, top in enumerate(range(0, shape[0], self.block[0])):
             band = _band(values, top, min(self.block[0], shape[0] - top), shape[1], device, chunk)
-            numbers[top : top + self.block[0]], scales[i] = self._round(band)
+            pieces = numbers[top : top + len(band)], scales[i : i + 1]
+            pieces[1][0] = self._scales(self._tiles(band).abs().amax(0).amax(1))
+            self._round(band, pieces)
             if watch:
-                watch(band, self.operand((numbers, scales))[top : top + self.block[0]])
+                stored = torch.empty_like(band)
+                self.decode(pieces, stored, chunk)
+                watch(band, stored)
         return numbers, scales
 
     def decode(self, pieces: Sequence[Tensor], target: Tensor, chunk: int) -> None:
         """See Encoding."""
-        operand = self.operand(pieces)
-        for block in blocks(operand, chunk):
-            target[block] = operand[block]
+        operand = Scaled(pieces[0], pieces[1], self.block)
 
-    def _round(self, band: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers (r, C) and scales (C / width,) of one row of blocks."""
-        width, n_columns = self.block[1], band.shape[1]
-        missing = -n_columns % width
-        tiles = (pad(band, (0, missing)) if missing else band).view(len(band), -1, width)
-        scales = self._scales(tiles.abs().amax(0).amax(1))
-        divided = (tiles / scales.float()[:, None]).clamp_(-LARGEST, LARGEST)
-        return divided.to(torch.float8_e4m3fn).view(len(band), -1)[:, :n_columns], scales
+        def on_tensors(to: Tensor) -> None:
+            for block in blocks(operand, chunk):
+                to[block] = operand[block]
+
+        compute(operand.symbol, on_tensors, target)
+
+    def _round(self, band: Tensor, pieces: tuple[Tensor, Tensor]) -> None:
+        """A band (r, C) of one row of blocks, to numbers in units of the scales (1, C / width) that are there."""
+        numbers, scales = pieces
+
+        def write_down(tape: Tape) -> Symbol:
+            units: Symbol = tape.read(band) / tape.tiles(scales, self.block)  # type: ignore[operator]
+            return units.clamp_(-LARGEST, LARGEST)
+
+        def on_tensors(to: Tensor) -> None:
+            divided = (self._tiles(band) / scales.float()[0, :, None]).clamp_(-LARGEST, LARGEST)
+            to.copy_(divided.view(len(band), -1)[:, : band.shape[1]])
+
+        compute(write_down, on_tensors, numbers)
+
+    def _tiles(self, band: Tensor) -> Tensor:
+        """(r, C / width, width), with zeros where the last one is not full."""
+        missing = -band.shape[1] % self.block[1]
+        return (pad(band, (0, missing)) if missing else band).view(len(band), -1, self.block[1])
 
     def _scales(self, largest: Tensor) -> Tensor:
         """A scale for each block's largest magnitude; 1 for a block of zeros."""
@@ -100,40 +120,11 @@ class Fp8Blocks:
         return torch.where(scales == 0.0, 1.0, scales)
 
 
-class _Scaled:
-    """A matrix whose blocks are multiplied by their scales when they are read."""
-
-    def __init__(self, numbers: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
-        self._numbers, self._scales, self._block = numbers, scales, block
-        self.shape, self.device = numbers.shape, numbers.device
-
-    def numel(self) -> int:
-        return self._numbers.numel()
-
-    def __getitem__(self, block: Any) -> Tensor:
-        rows, columns = block if isinstance(block, tuple) else (block, slice(None))
-        values = floats(self._numbers[rows, columns])
-        (start, stop, _), height = rows.indices(self.shape[0]), self._block[0]
-        for i in range(start // height, math.ceil(stop / height)):
-            scale = self._scales[i].float().repeat_interleave(self._block[1])[: self.shape[1]][columns]
-            values[max(0, i * height - start) : (i + 1) * height - start] *= scale
-        return values
-
-
-def floats(numbers: Tensor) -> Tensor:
-    """E4M3 to float32, ten times as fast on a CPU as torch's own conversion.
-
-    The bits are moved to where a float32 has them, which leaves the exponent's bias to be corrected. NaN is not
-    understood (see `holds_nan`).
-    """
-    bits = numbers.view(torch.int8).to(torch.int32)  # copies the sign into the leading bits
-    bits.bitwise_left_shift_(20).bitwise_and_(_SIGN_AND_MAGNITUDE)
-    return bits.view(torch.float32).mul_(2.0**120)
-
-
 def holds_nan(numbers: Tensor) -> bool:
-    """Whether any E4M3 number is none."""
-    return bool((numbers.view(torch.uint8) & 127 == 127).any())
+    """Whether any E4M3 number is none: 0x7f is the largest of all as a signed byte, 0xff as an unsigned one."""
+    if not numbers.numel():
+        return False
+    return int(numbers.view(torch.int8).max()) == 0x7F or int(numbers.view(torch.uint8).max()) == 0xFF
 
 
 def grid(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
@@ -172,7 +163,10 @@ def find(headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any]) -
 
 def _band(values: Values, top: int, height: int, width: int, device: torch.device, chunk: int) -> Tensor:
     """Values of whole rows, asked for in blocks of the usual size."""
+    rows = slice(top, top + height)
+    if height * width <= chunk:
+        return values((rows, slice(0, width)))
     band = torch.empty(height, width, device=device)
-    for rows, columns in blocks(band, chunk):
-        band[rows, columns] = values((slice(top + rows.start, top + rows.stop), columns))
+    for at, columns in blocks(band, chunk):
+        band[at, columns] = values((slice(top + at.start, top + at.stop), columns))
     return band

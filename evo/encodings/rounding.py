@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import torch
 from torch import Tensor
 
 from evo.encodings import Watcher
@@ -20,8 +21,8 @@ class Rounding:
 
         def watch(values: Tensor, stored: Tensor) -> None:
             sums = self._sums[tensor]
-            sums[0] += float((stored - values).double().square_().sum())
-            sums[1] += float(values.double().square_().sum())
+            sums[0] += _square(stored - values)
+            sums[1] += _square(values)
 
         return watch
 
@@ -39,3 +40,8 @@ class Rounding:
             f"{len(errors)} merged tensors were quantised again, with a relative error (Frobenius) of "
             f"{sum(errors.values()) / len(errors):.4f} on average and {errors[worst]:.4f} at most ({worst})."
         )
+
+
+def _square(matrix: Tensor) -> float:
+    """Of the Frobenius norm; rows are short enough for float32."""
+    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())

@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from evo.merge import Method
+from evo.merge import Method, kernels
 from evo.merge.blocks import Block, Operand, blocks
-from evo.merge.kernels import Fused, fuse, log
+from evo.merge.kernels import Fused, fuse, is_right
 from evo.merge.noise import Key, uniforms, uniforms_of_rows
 
-FUSE_FROM_ELEMENTS = 1 << 16
-"""Smaller parts are not worth compiling a loop for."""
 _CHECKED_ELEMENTS = 1 << 18
 
 
@@ -55,35 +52,22 @@ class PartMerge:
 
     def compiled(self) -> Fused | None:
         """The compiled loop that does the same, if there is one and it has the same bits."""
-        tensors = [operand for operand in (self.base, *self.donors) if isinstance(operand, Tensor)]
-        if len(tensors) <= len(self.donors):
+        operands = (self.base, *self.donors)
+        if not all(isinstance(operand, Tensor) or hasattr(operand, "symbol") for operand in operands):
             return None
-        large, first, arguments = self.base.numel() >= FUSE_FROM_ELEMENTS, 0, self.arguments
+        large, first, arguments = self.base.numel() >= kernels.FUSE_FROM_ELEMENTS, 0, self.arguments
         if self.width in (None, self.base.shape[1]):
             first = self.corner[0] * self.base.shape[1]
         elif self.method.random:  # a loop numbers noise by runs of consecutive elements
             return None
         else:
             arguments = self._arguments_at(slice(0, self.base.shape[0]))
-        fused = fuse(self.method, tensors, self.coefficients, arguments, self.keys, may_compile=large, first=first)
-        if fused is not None and fused.loop.is_right is None:
-            fused.loop.is_right = self._has_same_bits(fused)
-        return fused if fused is not None and fused.loop.is_right else None
-
-    def _has_same_bits(self, fused: Fused) -> bool:
-        """Compare the first block. A compiler that does not keep to the rules must not change a merge."""
-        expected = self.block(next(blocks(self.base, _CHECKED_ELEMENTS))).to(fused.dtype).contiguous()
-        found = torch.empty_like(expected)
-        try:
-            fused.run(found)
-        except Exception as error:  # of whatever kind: compilers of GPU code, which run late, have many
-            log.warning("the compiled loop of a merge does not run, and is not used: %s", error)
-            return False
-        integers = torch.int32 if found.element_size() == 4 else torch.int16
-        same = (found.view(integers) == expected.view(integers)) | (found.isnan() & expected.isnan())
-        if not same.all():
-            log.warning("the compiled loop of a merge has other bits than the merge on tensors, and is not used")
-        return bool(same.all())
+        fused = fuse(self.method, operands, self.coefficients, arguments, self.keys, may_compile=large, first=first)
+        if fused is None:
+            return None
+        dtype = fused.dtype
+        right = is_right(fused, lambda: self.block(next(blocks(self.base, _CHECKED_ELEMENTS))).to(dtype))
+        return fused if right else None
 
     def _arguments_at(self, rows: slice) -> dict[str, Any]:
         """Of rows of the operands."""

@@ -12,7 +12,10 @@ import torch
 
 from evo.merge.tape import Node
 
-STORED = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
+STORED = {
+    torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "e4m3", torch.int8: "int8_t",
+}  # fmt: skip
 """What C++ calls the dtypes of tensors."""
 
 _EXPRESSIONS = {
@@ -20,6 +23,7 @@ _EXPRESSIONS = {
     "noise": "(float)(int32_t)u{0}.halves[c + odd] * 0x1p-16f",
     "scalar": "s[{0}]",
     "row": "t[{0}][r]",
+    "tile": "t[{0}][(r / {1}) * ((n_columns + {2} - 1) / {2}) + column / {2}]",
     "gather": "found{0}[c]",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
@@ -42,7 +46,7 @@ _EXPRESSIONS = {
     "shift": "v{0} >> {1}",
     "and": "v{0} & {1}",
 }
-_PLACES = {"scalar": "call", "row": "strip"}
+_PLACES = {"scalar": "call", "row": "strip", "tile": "strip"}
 """Where what does not change from element to element is computed."""
 _N_NODES = {"input": 0, "noise": 0, "gather": 0, "shift": 1, "and": 1}
 """How many of an operation's operands are nodes computed in the same loop; all, where it is not named."""
@@ -56,7 +60,9 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
         nodes: operations, the last of which names the result.
         dtypes: of the inputs, then of the result.
     """
-    lines: dict[str, list[str]] = {"call": [], "strip": []}
+    lines: dict[str, list[str]] = {"call": [], "cut": [], "strip": []}
+    for tile in sorted({node[3] for node in nodes if node[0] == "tile"}):
+        lines["cut"].append(f"if (most > {tile} - column % {tile}) most = {tile} - column % {tile};")
     for i, dtype in enumerate(dtypes[:-1]):
         lines["strip"].append(f"const {STORED[dtype]}* __restrict x{i} = (const {STORED[dtype]}*)x[{i}] + i;")
     for v, (operation, *operands) in enumerate(nodes):
@@ -96,6 +102,7 @@ _SOURCE = """
 
 using half = _Float16;
 struct bfloat16 { uint16_t bits; };
+struct e4m3 { int8_t bits; };
 struct key { uint32_t words[2]; };
 enum { STRIP = 256 };
 
@@ -108,11 +115,28 @@ static inline float float_of(bfloat16 x) {
   std::memcpy(&y, &b, 4);
   return y;
 }
+static inline float float_of(int8_t x) { return (float)x; }
+static inline float float_of(e4m3 x) {  // as evo.merge.scaled.floats: of finite numbers
+  const uint32_t b = (uint32_t)(int32_t)x.bits << 20 & 0x87f00000u;
+  float y;
+  std::memcpy(&y, &b, 4);
+  return y * 0x1p120f;
+}
 static inline void store(float* to, float x) { *to = x; }
 static inline void store(half* to, float x) { *to = (half)x; }
 static inline void store(bfloat16* to, float x) {
   const uint32_t b = (uint32_t)bits_of(x);
   to->bits = (uint16_t)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);  // not-a-number stays so: its last bits are zeros
+}
+
+static inline void store(e4m3* to, float x) {  // to nearest, ties to even
+  const uint32_t b = (uint32_t)bits_of(x), m = b & 0x7fffffffu;
+  const uint32_t normal = (m + 0x7ffffu + ((m >> 20) & 1u) - (120u << 23)) >> 20;
+  float magnitude;
+  std::memcpy(&magnitude, &m, 4);
+  const uint32_t subnormal = (uint32_t)bits_of(magnitude + 0x1p14f) - (141u << 23);  // in units of 2^-9
+  const uint32_t found = m < (121u << 23) ? subnormal : normal;
+  to->bits = (int8_t)((m >= 0x43f00000u ? 0x7fu : found) | (b >> 24 & 0x80u));  // beyond 464 or not a number
 }
 
 // Hashes first, first + 1, ... of a stream, as in noise.py; each makes two numbers of 16 bits.
@@ -147,7 +171,9 @@ extern "C" void merge(const void* const* x, void* out, const float* s, const flo
                       int64_t begin, int64_t end, int64_t n_columns) {
 %(call)s
 for (int64_t i = begin, stop; i < end; i = stop) {
-const int64_t r = i / n_columns, left = (r + 1) * n_columns - i, most = end - i < left ? end - i : left;
+const int64_t r = i / n_columns, column = i - r * n_columns, left = n_columns - column;
+int64_t most = end - i < left ? end - i : left;
+%(cut)s
 const int32_t width = most < STRIP ? (int32_t)most : STRIP, odd = i & 1;
 stop = i + width;
 %(strip)s

@@ -29,23 +29,33 @@ class Untraceable(TypeError):
 
 
 class Tape:
-    """What has been recorded.
+    """What has been recorded. Symbols are not held: tapes are many, and would go in circles."""
 
-    Args:
-        n_inputs: number of tensors, the base first.
-    """
-
-    def __init__(self, n_inputs: int) -> None:
-        self.nodes: list[Node] = [("input", i) for i in range(n_inputs)]
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.inputs: list[Tensor] = []
+        """Matrices (R, C) that are read element by element."""
         self.scalars: list[float] = []
         self.tensors: list[Tensor] = []
-        """Rows, of shape (R, 1), and tables, of shape (64,), both float32."""
-        self._n_inputs = n_inputs
+        """Rows, of shape (R, 1), numbers of tiles, and tables, of shape (64,), all float32."""
 
-    @property
-    def inputs(self) -> list[Symbol]:
-        """The base, then the donors; not held, since tapes are many and would go in circles."""
-        return [Symbol(self, i) for i in range(self._n_inputs)]
+    def read(self, tensor: Tensor) -> Symbol:
+        """An element of a matrix."""
+        for i, known in enumerate(self.inputs):
+            if known is tensor:
+                return Symbol(self, self.nodes.index(("input", i)))
+        self.inputs.append(tensor)
+        return self.symbol("input", len(self.inputs) - 1)
+
+    def tiles(self, numbers: Tensor, shape: tuple[int, int]) -> Symbol:
+        """The number of the tile that an element is in.
+
+        Args:
+            numbers: of all tiles, (R / height, C / width), both rounded up.
+            shape: height and width of a tile.
+        """
+        self.tensors.append(numbers.float())
+        return self.symbol("tile", len(self.tensors) - 1, *shape)
 
     def symbol(self, operation: str, *operands: int) -> Symbol:
         """The result of an operation."""

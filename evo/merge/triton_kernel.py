@@ -26,6 +26,8 @@ _EXPRESSIONS = {
     "noise": "uniform(i, k{0}, l{0})",
     "scalar": "tl.full([N], s{0}, tl.float32)",
     "row": "tl.full([N], tl.load(t{0} + first_row + row), tl.float32)",
+    "tile": "tl.load(t{0} + (first_row + row) // {1} * ((n_columns + {2} - 1) // {2}) + column // {2}, "
+    "mask=there, other=0.0)",
     "gather": "tl.load(t{0} + v{1}, mask=there, other=0.0)",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
@@ -52,6 +54,7 @@ _STORED = {
     torch.float32: "v{0}",
     torch.float16: "v{0}.to(tl.float16)",
     torch.bfloat16: "to_bfloat16(v{0})",
+    torch.float8_e4m3fn: "to_e4m3(v{0})",
 }
 
 
@@ -64,7 +67,7 @@ class TritonKernel:
 
     def __init__(self, nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> None:
         self.is_right: bool | None = None
-        self._has_rows = any(operation == "row" for operation, *_ in nodes)
+        self._has_rows = any(operation in ("row", "tile") for operation, *_ in nodes)
         try:
             with tempfile.TemporaryDirectory(prefix="mergefront-") as folder:  # Triton reads a function from its file
                 file = Path(folder) / "merge_kernel.py"
@@ -79,7 +82,7 @@ class TritonKernel:
 
     def pack(self, given: Given) -> tuple[Any, ...]:
         """See kernels.Loop."""
-        return given.first, (*given.tensors, *given.scalars, *given.tables, *given.words)
+        return given.first, (*map(_as_bytes, given.tensors), *given.scalars, *given.tables, *given.words)
 
     def run(self, packed: tuple[Any, ...], out: Tensor, begin: int, n_columns: int) -> None:
         """See kernels.Loop; where rows have numbers of their own, the tensors and `out` start with whole rows."""
@@ -93,8 +96,16 @@ class TritonKernel:
         grid = ((-(-end // n_columns) - begin // n_columns) * n_pieces,)
         with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
             self._kernel[grid](
-                *(out, begin, end, first, first_row, n_columns, n_pieces), *arguments, N=n, enable_fp_fusion=False
+                *(_as_bytes(out), begin, end, first, first_row, n_columns, n_pieces),
+                *arguments,
+                N=n,
+                enable_fp_fusion=False,
             )
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """E4M3 numbers are read and written as their bits."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
@@ -104,10 +115,10 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
         nodes: operations, the last of which names the result.
         dtypes: of the inputs, then of the result.
     """
-    of = {kind: [node for node in nodes if node[0] == kind] for kind in ("scalar", "row", "gather", "noise")}
+    of = {kind: [node for node in nodes if node[0] == kind] for kind in ("scalar", "row", "tile", "gather", "noise")}
     names = [f"x{i}" for i in range(len(dtypes) - 1)]
     names += [f"s{i}" for i in range(len(of["scalar"]))]
-    names += [f"t{i}" for i in range(len(of["row"]) + len(of["gather"]))]
+    names += [f"t{i}" for i in range(len(of["row"]) + len(of["tile"]) + len(of["gather"]))]
     words = [f"{letter}{d}" for d in range(len(of["noise"])) for letter in "kl"]
     values = [_EXPRESSIONS[operation].format(*operands) for operation, *operands in nodes[:-1]]
     return _SOURCE.format(
@@ -123,6 +134,7 @@ import triton
 import triton.language as tl
 
 SIGN: tl.constexpr = tl.constexpr(-2147483648)
+MASK: tl.constexpr = tl.constexpr(0x87f00000 - (1 << 32))
 
 
 @triton.jit
@@ -139,6 +151,9 @@ def floats(x):
 def to_float32(x):
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.uint8:  # E4M3, as evo.merge.scaled.floats
+        b = (x.to(tl.int8, bitcast=True).to(tl.int32) << 20) & MASK
+        return b.to(tl.float32, bitcast=True) * 1.329227995784916e36
     else:
         return x.to(tl.float32)
 
@@ -148,6 +163,16 @@ def to_bfloat16(x):
     b = x.to(tl.uint32, bitcast=True)
     b = (b + 0x7fff + ((b >> 16) & 1)) >> 16
     return b.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def to_e4m3(x):
+    b = x.to(tl.uint32, bitcast=True)
+    m = b & 0x7fffffff
+    normal = (m + 0x7ffff + ((m >> 20) & 1) - (120 << 23)) >> 20
+    subnormal = (m.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - (141 << 23)
+    found = tl.where(m >= 0x43f00000, 0x7f, tl.where(m < (121 << 23), subnormal, normal))
+    return (found | ((b >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
