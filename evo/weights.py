@@ -29,6 +29,8 @@ N_BLOCKS = 8
 """Blocks in memory: one is filled, the others wait to be hashed and written."""
 SYNC_BYTES = 32 << 20
 """How much is written before the disk is asked to take it."""
+TRIM_BYTES = 256 << 20
+"""How much is made before memory is given back: every page of it costs as much again when it is next used."""
 
 _LIBC = ctypes.CDLL(None)
 
@@ -57,7 +59,9 @@ def write_weights(
         with _Workers(files) as workers:
             for name, stretches in tensors:
                 hashes[name] = workers.write(name, stretches)
-                give_back_memory()
+                if workers.n_bytes >= TRIM_BYTES:
+                    workers.n_bytes = 0
+                    give_back_memory()
     finally:
         files.close()
     files.write_index()
@@ -71,6 +75,8 @@ class _Workers:
         self._files = files
         self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._in_flight: deque[tuple[Future[blake3], Future[None]]] = deque()
+        self.n_bytes = 0
+        """That have been made."""
         self._blocks = deque(torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(N_BLOCKS))
 
     def __enter__(self) -> _Workers:
@@ -95,6 +101,7 @@ class _Workers:
             self._in_flight.append(done)
             self._wait_for_all_but(N_BLOCKS - 1)
             at += len(block)
+        self.n_bytes += at
         return digest
 
     def _free(self) -> Tensor:
