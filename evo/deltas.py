@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 from evo.encodings.low_rank import MAX_RANK, LowRankSum, fixed_point
 from evo.merge.blocks import Block, Operand, blocks
+from evo.merge.kernels import symbol_of
+from evo.merge.tape import Symbol, Tape, Untraceable
 
 EXACT = "exact"
 BLOCK = 128
@@ -135,6 +137,17 @@ class _Quantized:
         tiles = numbers.view(len(codes), -1, BLOCK) * self._scales[rows, first:last, None]
         delta = tiles.flatten(1)[:, start - first * BLOCK : stop - first * BLOCK]
         return self._base[rows, columns].float() + delta
+
+    def symbol(self, tape: Tape) -> Symbol:
+        """See kernels.Recordable."""
+        numbers = tape.read(self._codes.view(torch.int8)) if self._bits == 8 else self._halves(tape)
+        found: Symbol = symbol_of(self._base, tape) + numbers * tape.tiles(self._scales, (1, BLOCK))  # type: ignore[operator]
+        return found
+
+    def _halves(self, tape: Tape) -> Symbol:
+        if self.shape[1] % 2:
+            raise Untraceable("cannot record 4-bit differences in rows of an odd length")
+        return tape.read_halves(self._codes)
 
 
 @dataclass(frozen=True)

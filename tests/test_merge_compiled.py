@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evo.checkpoint import Checkpoint
+from evo.deltas import Absmax
 from evo.encodings.fp8_blocks import Fp8Blocks
 from evo.materializer import Materializer
 from evo.merge import METHODS, cpp_loop, get_method, kernels
@@ -102,6 +103,33 @@ def test_blocks_of_fp8_may_have_any_shape_and_merges_start_anywhere(block):
         assert torch.equal(bits(found), bits(whole[begin:]))
     assert torch.equal(fused.block((slice(3, 9), slice(0, 1031))), expected[3:9])
     assert torch.equal(fused.block((slice(7, 8), slice(100, 777))), expected[7:8, 100:777])
+
+
+def compressed(merge, bits):
+    """The same merge of donors that are kept as differences of some bits."""
+    kept = [
+        Absmax(bits).compress(lambda at, donor=donor: donor[at].float() - merge.base[at].float(), merge.base)
+        for donor in merge.donors
+    ]
+    return replace(merge, donors=[Absmax(bits).donor(merge.base, one) for one in kept])
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits_kept", [8, 4])
+@pytest.mark.parametrize("name", ["linear", "della"])
+def test_same_bits_of_donors_that_are_compressed(name, bits_kept):
+    merge = compressed(part_merge(name, shape=(37, 1032)), bits_kept)
+    for one in (merge, in_fp8(merge, ("base",))):
+        fused, whole = loop_of(one), on_tensors(one).view(-1)
+        for begin in (0, 1, 1032, 20_001):
+            found = torch.empty_like(whole[begin:])
+            fused.run(found, begin)
+            assert torch.equal(bits(found), bits(whole[begin:]))
+
+
+def test_rows_of_an_odd_length_are_not_compiled_where_differences_share_bytes(monkeypatch):
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
+    assert compressed(part_merge("linear", shape=(37, 1031)), 4).compiled() is None
 
 
 def floats_around_those_of_e4m3():

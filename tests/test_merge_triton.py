@@ -9,7 +9,7 @@ from evo.merge import METHODS, kernels
 from evo.merge.kernels import fuse, record
 from evo.merge.tape import Tape
 from evo.merge.triton_kernel import MOST_ELEMENTS, TritonKernel
-from tests.test_merge_compiled import bits, floats_around_those_of_e4m3, in_fp8, on_tensors, part_merge
+from tests.test_merge_compiled import bits, compressed, floats_around_those_of_e4m3, in_fp8, on_tensors, part_merge
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -54,6 +54,14 @@ def test_same_bits_of_what_is_stored_as_fp8(device, name, block):
     operands = [on_device.base, *on_device.donors]
     fused = fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys)
     assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).view(-1)))
+
+
+@pytest.mark.parametrize("bits_kept", [8, 4])
+def test_same_bits_of_donors_that_are_compressed(device, bits_kept):
+    merge = compressed(part_merge("linear", shape=(37, 1032), device=device), bits_kept)
+    operands = [merge.base, *merge.donors]
+    fused = fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys)
+    assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).cpu().view(-1)))
 
 
 def test_e4m3_is_rounded_as_torch_does(device):

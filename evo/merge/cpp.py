@@ -14,12 +14,13 @@ from evo.merge.tape import Node
 
 STORED = {
     torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16",
-    torch.float8_e4m3fn: "e4m3", torch.int8: "int8_t",
+    torch.float8_e4m3fn: "e4m3", torch.int8: "int8_t", torch.uint8: "uint8_t",
 }  # fmt: skip
 """What C++ calls the dtypes of tensors."""
 
 _EXPRESSIONS = {
     "input": "float_of(x{0}[c])",
+    "half": "(float)n{0}[c]",
     "noise": "(float)(int32_t)u{0}.halves[c + odd] * 0x1p-16f",
     "scalar": "s[{0}]",
     "row": "t[{0}][r]",
@@ -48,7 +49,7 @@ _EXPRESSIONS = {
 }
 _PLACES = {"scalar": "call", "row": "strip", "tile": "strip"}
 """Where what does not change from element to element is computed."""
-_N_NODES = {"input": 0, "noise": 0, "gather": 0, "shift": 1, "and": 1}
+_N_NODES = {"input": 0, "half": 0, "noise": 0, "gather": 0, "shift": 1, "and": 1}
 """How many of an operation's operands are nodes computed in the same loop; all, where it is not named."""
 _INTEGERS = ("bits", "shift", "and")
 
@@ -64,10 +65,15 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
     for tile in sorted({node[3] for node in nodes if node[0] == "tile"}):
         lines["cut"].append(f"if (most > {tile} - column % {tile}) most = {tile} - column % {tile};")
     for i, dtype in enumerate(dtypes[:-1]):
-        lines["strip"].append(f"const {STORED[dtype]}* __restrict x{i} = (const {STORED[dtype]}*)x[{i}] + i;")
+        at = "(i >> 1)" if dtype == torch.uint8 else "i"
+        lines["strip"].append(f"const {STORED[dtype]}* __restrict x{i} = (const {STORED[dtype]}*)x[{i}] + {at};")
     for v, (operation, *operands) in enumerate(nodes):
         if operation == "noise":
             lines["strip"].append(f"hashes u{operands[0]}; fill(u{operands[0]}, (uint32_t)(i >> 1), k[{operands[0]}]);")
+        elif operation == "half":
+            lines["strip"].append(
+                f"int8_t n{operands[0]}[STRIP + 1]; unpack(x{operands[0]}, odd, width, n{operands[0]});"
+            )
         elif operation in _PLACES:
             lines[_PLACES[operation]].append(f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
     if looked_up := {node[1]: nodes[node[2]][1] for node in nodes if node[0] == "gather"}:  # table -> uncut index
@@ -148,6 +154,16 @@ static inline void fill(hashes& to, uint32_t first, key k) {
     x = (x ^ (x >> 15)) * 0x846ca68bu;
     to.words[j] = x ^ (x >> 16) ^ 0x80008000u;
   }
+}
+
+// Halves of bytes, less 8, from the lower half of the first byte on, or from the upper one if `odd`.
+static inline void unpack(const uint8_t* bytes, int32_t odd, int32_t n, int8_t* __restrict found) {
+  if (odd) *found++ = (int8_t)(*bytes++ >> 4) - 8, --n;
+  for (int32_t j = 0; j < n / 2; ++j) {
+    found[2 * j] = (int8_t)(bytes[j] & 15) - 8;
+    found[2 * j + 1] = (int8_t)(bytes[j] >> 4) - 8;
+  }
+  if (n & 1) found[n - 1] = (int8_t)(bytes[n / 2] & 15) - 8;
 }
 
 // The numbers of a table that the last six bits of each index name. Tables of 64 numbers fit into registers.

@@ -88,5 +88,10 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
 
 def _pointers(tensors: Sequence[Tensor], first: int = 0) -> Any:
     """Where element 0 is, or would be, if the tensors start with a later one."""
-    places = (tensor.data_ptr() - first * tensor.element_size() for tensor in tensors)
+    places = (tensor.data_ptr() - _n_bytes(tensor, first) for tensor in tensors)
     return (ctypes.c_void_p * len(tensors))(*places)
+
+
+def _n_bytes(tensor: Tensor, n: int) -> int:
+    """Of so many elements; of uint8, each half is one."""
+    return n // 2 if tensor.dtype == torch.uint8 else n * tensor.element_size()

@@ -27,8 +27,8 @@ log = logging.getLogger("mergefront.merge")
 
 LOOPS = {"cpu": "evo.merge.cpp_loop:CppLoop", "cuda": "evo.merge.triton_kernel:TritonKernel"}
 """Kind of device -> what a tape is compiled to there, as "module:attribute"."""
-READ = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
-"""The dtypes that a loop reads."""
+READ = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8)
+"""The dtypes that a loop reads; of uint8, each half is a number."""
 WRITTEN = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 """The dtypes that a loop writes: a merge's is the base's, but float32 where that has yet to be encoded."""
 FUSE_FROM_ELEMENTS = 1 << 16
@@ -255,13 +255,19 @@ def record(
         Untraceable: if an operand or an operation cannot be compiled.
     """
     tape = Tape()
-    base, *donors = (tape.read(o) if isinstance(o, Tensor) else _symbol(o, tape) for o in operands)
+    base, *donors = (symbol_of(operand, tape) for operand in operands)
     noise = {"noise": [tape.symbol("noise", d) for d in range(len(donors))]} if method.random else {}
     return tape, tape.key(method.merge(donors, base, coefficients, **arguments, **noise))
 
 
-def _symbol(operand: Operand, tape: Tape) -> Symbol:
-    """Of an operand that is no tensor."""
+def symbol_of(operand: Operand, tape: Tape) -> Symbol:
+    """An element of an operand.
+
+    Raises:
+        Untraceable: if it cannot be recorded.
+    """
+    if isinstance(operand, Tensor):
+        return tape.read(operand)
     if not isinstance(operand, Recordable):
         raise Untraceable(f"cannot record {type(operand).__name__}")
     return operand.symbol(tape)

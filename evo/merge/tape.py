@@ -47,6 +47,15 @@ class Tape:
         self.inputs.append(tensor)
         return self.symbol("input", len(self.inputs) - 1)
 
+    def read_halves(self, codes: Tensor) -> Symbol:
+        """An element of a matrix (R, C), C even, of whole numbers from -8 to 7, two to a byte, the lower half first.
+
+        Args:
+            codes: of all elements, each with 8 added, (R, C / 2), uint8.
+        """
+        self.inputs.append(codes)
+        return self.symbol("half", len(self.inputs) - 1)
+
     def tiles(self, numbers: Tensor, shape: tuple[int, int]) -> Symbol:
         """The number of the tile that an element is in.
 

@@ -23,6 +23,8 @@ MOST_ELEMENTS = 1024
 
 _EXPRESSIONS = {
     "input": "to_float32(tl.load(x{0} + at, mask=there, other=0.0))",
+    "half": "((tl.load(x{0} + (at >> 1), mask=there, other=0).to(tl.int32) >> ((at & 1) * 4).to(tl.int32) & 15) - 8)"
+    ".to(tl.float32)",
     "noise": "uniform(i, k{0}, l{0})",
     "scalar": "tl.full([N], s{0}, tl.float32)",
     "row": "tl.full([N], tl.load(t{0} + first_row + row), tl.float32)",

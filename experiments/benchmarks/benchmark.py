@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--donors", type=Path, nargs=2)
     parser.add_argument("--work", type=Path, help="where to put checkpoints and exports; default: a temporary folder")
     parser.add_argument("--large", action="store_true", help="only exports, of 1.24 B parameters: 10 GB of disk")
+    parser.add_argument("--compressed", action="store_true", help="only merges of compressed donors")
     parser.add_argument("--gpu", action="store_true", help="only merges on the GPU, of 1.24 B parameters")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
@@ -72,8 +73,11 @@ def main() -> None:
             return
         a, b = arguments.donors or [make(work / name, SMOLLM2_135M, seed) for seed, name in ((1, "a"), (2, "b"))]
         base = arguments.base or make(work / "base", SMOLLM2_135M, 0)
-        results = measure({"base": base, "a": a, "b": b}, work, arguments.rounds, arguments.mergekit)
-        write_down(results)
+        folders = {"base": base, "a": a, "b": b}
+        if arguments.compressed:
+            write_down(compressed_donors(folders, arguments.rounds))
+            return
+        write_down(measure(folders, work, arguments.rounds, arguments.mergekit))
 
 
 def write_down(results: dict[str, Any]) -> None:
@@ -189,6 +193,23 @@ def in_memory(folders: dict[str, Path], rounds: int, device: torch.device = CPU)
         "once_seconds": {method: once[method] - best[method] for method in KNOBS},
         **({"peak_extra_bytes": peaks} if device == GPU else {}),
     }
+
+
+def compressed_donors(folders: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """CPU seconds of a linear candidate by how its donors are held, in turns; the best of each counts."""
+    checkpoints = {name: Checkpoint.open(path) for name, path in folders.items()}
+    entries, makers, best = checkpoints["base"].entries, {}, {}
+    for deltas in ("exact", "int8", "int4"):
+        slots = {name: torch.empty(entry.shape, dtype=torch.bfloat16) for name, entry in entries.items()}
+        residency = Residency.AUTO if deltas == "exact" else Residency.DEVICE
+        makers[deltas] = Materializer(checkpoints, slots, residency=residency, deltas=deltas, base="base")
+    for number in range(rounds + 1):
+        recipe = {**recipe_of(folders, "linear", number, checkpoints["base"]).to_dict(), "compressed": True}
+        for deltas, maker in makers.items():
+            seconds = cpu_seconds(lambda maker=maker, recipe=recipe: maker.write(recipe))
+            if number:  # the first compresses and compiles
+                best[deltas] = min(best.get(deltas, seconds), seconds)
+    return {"compressed_donors": {"seconds": best, "machine": machine()}}
 
 
 def against_cp(folders: dict[str, Path], work: Path, rounds: int) -> dict[str, float]:
