@@ -56,11 +56,11 @@ def write_weights(
     """
     files, hashes = _Files(interface, folder), {}
     try:
-        with _Workers(files) as workers:
+        with _Worker(files) as worker:
             for name, stretches in tensors:
-                hashes[name] = workers.write(name, stretches)
-                if workers.n_bytes >= TRIM_BYTES:
-                    workers.n_bytes = 0
+                hashes[name] = worker.write(name, stretches)
+                if worker.n_bytes >= TRIM_BYTES:
+                    worker.n_bytes = 0
                     give_back_memory()
     finally:
         files.close()
@@ -68,23 +68,22 @@ def write_weights(
     return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 
-class _Workers:
-    """Two threads behind the one that merges. Hashing, writing and compiled loops let go of the interpreter."""
+class _Worker:
+    """A thread behind the one that merges. Hashing, writing and compiled loops let go of the interpreter."""
 
     def __init__(self, files: _Files) -> None:
         self._files = files
-        self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._in_flight: deque[tuple[Future[blake3], Future[None]]] = deque()
+        self._thread = ThreadPoolExecutor(1)
+        self._in_flight: deque[Future[None]] = deque()
         self.n_bytes = 0
         """That have been made."""
         self._blocks = deque(torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(N_BLOCKS))
 
-    def __enter__(self) -> _Workers:
+    def __enter__(self) -> _Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hashing.shutdown(cancel_futures=error[0] is not None)
-        self._writing.shutdown(cancel_futures=error[0] is not None)
+        self._thread.shutdown(cancel_futures=error[0] is not None)
         if error[0] is None:
             self._wait_for_all_but(0)
 
@@ -92,17 +91,19 @@ class _Workers:
         """Hash and write a tensor, block by block.
 
         Returns:
-            its hash, which is complete once the workers are done.
+            its hash, which is complete once the worker is done.
         """
         digest, at = blake3(), 0
         for block in _blocks(stretches, self._free):
-            hashed = self._hashing.submit(digest.update, block.numpy().data)
-            done = hashed, self._writing.submit(self._files.write, name, block, at)
-            self._in_flight.append(done)
+            self._in_flight.append(self._thread.submit(self._take, digest, name, block, at))
             self._wait_for_all_but(N_BLOCKS - 1)
             at += len(block)
         self.n_bytes += at
         return digest
+
+    def _take(self, digest: Any, name: str, block: Tensor, at: int) -> None:
+        digest.update(block.numpy().data)
+        self._files.write(name, block, at)
 
     def _free(self) -> Tensor:
         """The block of memory that was handed out longest ago; all but those handed out since are done with."""
@@ -111,8 +112,7 @@ class _Workers:
 
     def _wait_for_all_but(self, n: int) -> None:
         while len(self._in_flight) > n:
-            for future in self._in_flight.popleft():
-                future.result()
+            self._in_flight.popleft().result()
 
 
 def _blocks(stretches: Iterable[Stretch], free: Callable[[], Tensor]) -> Iterator[Tensor]:
