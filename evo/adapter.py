@@ -78,11 +78,11 @@ class Adapter(Checkpoint):
         full = self._base.holders(name) if replaced is None else ((self, replaced),)
         return (*full, *((self, f"{name}.{side}") for side in ("left", "right") if name in self._factors))
 
-    def tensor(self, piece: str, cut: Cut | None = None) -> torch.Tensor:
+    def tensor(self, piece: str, cut: Cut | None = None, *, check: bool = True) -> torch.Tensor:
         """See Checkpoint. NAME.left (R, r) and NAME.right (r, C) are the factors of NAME's difference."""
         name, _, side = piece.rpartition(".")
         if name not in self._factors:
-            return super().tensor(piece, cut)
+            return super().tensor(piece, cut, check=check)
         transposed = self._is_transposed(name)
         factor = super().tensor(self._factors[name]["A" if (side == "right") != transposed else "B"])
         factor = fixed_point(factor.T if transposed else factor, 1 if side == "left" else 0)

@@ -107,8 +107,17 @@ class Checkpoint:
         unscored = set(self.layout.unscored)
         return {name: entry for name, entry in self.entries.items() if name not in unscored}
 
-    def tensor(self, piece: str, cut: Cut | None = None) -> torch.Tensor:
-        """Read one tensor of the files, or no more of it than a cut, to the CPU, as it is."""
+    def tensor(self, piece: str, cut: Cut | None = None, *, check: bool = True) -> torch.Tensor:
+        """Read one tensor of the files, or no more of it than a cut, to the CPU, as it is.
+
+        Args:
+            piece: its name.
+            cut: what of it; None for all.
+            check: whether to look for NaN and Inf, if that has not been done.
+
+        Raises:
+            CheckpointError: if it cannot be read, or holds one.
+        """
         file = self.weight_map[piece]
         try:
             if file not in self._handles:
@@ -119,7 +128,7 @@ class Checkpoint:
             )
         except (SafetensorError, OSError, AttributeError, KeyError) as error:  # the latter: a dtype torch has not
             raise CheckpointError(f"{self.path / file}: tensor {piece} cannot be read: {error}") from error
-        if piece not in self._finite:
+        if check and piece not in self._finite:
             if found := find_flaw(piece, tensor):
                 raise CheckpointError(
                     f"{self.path / file}: tensor {piece} holds {found}; "

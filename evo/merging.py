@@ -65,14 +65,18 @@ class Merger:
             region: rows and columns of its matrix; None for all of it.
         """
         read: dict[int, Stored] = {}
+        rows = self._common.get(part.tensor)
+        mixture = job.method is not None and job.method.is_mixture
+        late = mixture and not keep and region is None and rows is None and device.type == "cpu"
 
         def source(i: int) -> Stored:
             if i not in read:
-                read[i] = self._reader.read(job.sources[i], part, device, keep, region)
+                read[i] = self._reader.read(job.sources[i], part, device, keep, region, check=not late)
             return read[i]
 
-        if (rows := self._common.get(part.tensor)) is None:
-            return self._merged(part, job, source, device, watch, region)
+        if rows is None:
+            merged = self._merged(part, job, source, device, watch, region)
+            return self._looked_at(merged, part, job, device) if late else merged
         rows, interface = (
             rows.within(region[0]) if region else rows,
             self._reader.read(job.interface, part, device, keep, region),
@@ -84,6 +88,21 @@ class Merger:
             shape = (rows.n_rows, *interface.shape[1:])
             merged = Stored(interface.encoding, (merged.result().view(shape),))
         return rows.complete(merged, interface)
+
+    def _looked_at(self, merged: Stored | Fused, part: Part, job: Job, device: torch.device) -> Stored | Fused:
+        """A mixture of sources in which nobody has looked for NaN and Inf: they would be in what a loop makes of them,
+        which is less to look through than the sources, and in the cache.
+        """
+
+        def look() -> None:
+            for source in job.sources:
+                self._reader.read(source, part, device, keep=False)
+
+        if isinstance(merged, Fused):
+            merged.blame = look
+        else:
+            look()
+        return merged
 
     def _merged(
         self,

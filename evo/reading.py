@@ -42,13 +42,34 @@ class Reader:
         self._there: dict[tuple[str, Part, torch.device], Stored] = {}
         """Whole parts that stay where they are merged, for which nothing is left to do."""
 
-    def read(self, source: str, part: Part, device: torch.device, keep: bool, region: Region | None = None) -> Stored:
-        """A part of a source, or no more than a region of it. `keep` lets it stay for the next candidate."""
+    def read(
+        self,
+        source: str,
+        part: Part,
+        device: torch.device,
+        keep: bool,
+        region: Region | None = None,
+        *,
+        check: bool = True,
+    ) -> Stored:
+        """A part of a source, or no more than a region of it.
+
+        Args:
+            source: its name.
+            part: which.
+            device: where it is wanted.
+            keep: let it stay for the next candidate.
+            region: what of it; None for all.
+            check: whether to look for NaN and Inf, if it does not stay.
+
+        Raises:
+            CheckpointError: if it cannot be read, or holds one.
+        """
         keep = keep and source in self._kept
         stays = keep and region is None and self._pieces.stay_on(device)
         if stays and (stored := self._there.get((source, part, device))):
             return stored
-        pieces = (self._pieces.read(piece, device, keep=keep) for piece in self._wanted(source, part, region))
+        pieces = (self._pieces.read(piece, device, keep=keep) for piece in self._wanted(source, part, region, check))
         stored = Stored(self._checkpoints[source].entries[part.tensor].encoding, tuple(pieces))
         if stays:
             self._there[source, part, device] = stored
@@ -76,12 +97,12 @@ class Reader:
         ]
         self._pieces.prefetch(wanted)
 
-    def _wanted(self, source: str, part: Part, region: Region | None) -> list[Piece]:
+    def _wanted(self, source: str, part: Part, region: Region | None, check: bool = True) -> list[Piece]:
         """What a part of a source, or a region of it, is stored as."""
         checkpoint = self._checkpoints[source]
         entry, holders = checkpoint.entries[part.tensor], checkpoint.holders(part.tensor)
         if region is None:
-            return [Piece(*held, row=part.row) for held in holders]
+            return [Piece(*held, row=part.row, check=check) for held in holders]
         expert: Cut = () if part.row is None else (part.row,)
         shape, (rows, columns) = entry.shape[len(expert) :], region
         n_rows, _ = matrix_shape(shape)  # fewer where only others have a token

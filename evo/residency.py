@@ -82,6 +82,8 @@ class Piece:
     """Kept by itself: a process that holds a shard holds nothing else of the tensor."""
     row: int | None = None
     """One expert of a packed tensor that is kept whole."""
+    check: bool = True
+    """Whether to look for NaN and Inf when it is read; what is kept is looked through in any case."""
 
     @property
     def key(self) -> _Key:
@@ -119,7 +121,7 @@ class Pieces:
     def read(self, piece: Piece, device: torch.device, *, keep: bool = True) -> Tensor:
         """A piece on a device. `keep` lets it stay for the next candidate."""
         if not keep:
-            return piece.of(piece.holder.tensor(piece.name, piece.cut)).to(device)
+            return piece.of(piece.holder.tensor(piece.name, piece.cut, check=piece.check)).to(device)
         for arriving in self._arriving:
             if (tensor := arriving.pop((piece.key, piece.row, device), None)) is not None:
                 self._receive(tensor)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from evo.accounting import ACCOUNTING_FILE
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.export import ExportError, write_checkpoint
+from evo.merge import METHODS, get_method, kernels
 from evo.merge_file import RecipeError, merge
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
@@ -209,9 +210,22 @@ class TestBadInput:
         """What a failed merge leaves in its folder, the recipe aside."""
         return sorted(path.name for path in folder.iterdir() if path.name != "recipe.yaml")
 
+    @pytest.mark.parametrize("compiled", [True, False])
+    @pytest.mark.parametrize("who", ["base", "a"])
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            Rule("linear", {"a": 0.5}),
+            Rule("linear", {"a": 1.5}),
+            Rule("task_arithmetic", {"a": 0.5}),
+            Rule("ties", {"a": 0.5}, knobs={"density": 0.5}),
+        ],
+        ids=lambda rule: rule.method,
+    )
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_no_numbers_in_a_parent(self, moe_parents, tmp_path, value):
-        sick = shutil.copytree(moe_parents["a"], tmp_path / "sick")
+    def test_no_numbers_in_a_parent(self, moe_parents, tmp_path, monkeypatch, value, rule, who, compiled):
+        monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0 if compiled else 1 << 60)
+        sick = shutil.copytree(moe_parents[who], tmp_path / "sick")
         shard = sorted(sick.glob("*.safetensors"))[-1]
         tensors = load_file(shard)
         name = next(iter(tensors))
@@ -220,8 +234,19 @@ class TestBadInput:
         folder = tmp_path / "work"
         folder.mkdir()
         with pytest.raises(CheckpointError, match=f"sick.*tensor {name} holds"):
-            merge(write_recipe(folder, {**moe_parents, "a": sick}, Rule("linear", {"a": 0.5})), folder / "out")
+            merge(write_recipe(folder, {**moe_parents, who: sick}, rule), folder / "out")
         assert self.left(folder) == []
+
+    @pytest.mark.parametrize("method", [name for name in METHODS if get_method(name).is_mixture])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_a_mixture_holds_no_number_where_a_source_holds_none(self, method, value):
+        """Which is why looking at the result is enough, whatever the coefficients."""
+        for coefficients in ((0.5, 0.5), (0.0, 1.0), (-0.7, 0.3), (0.0, 0.0)):
+            for sick in range(3):
+                sources = torch.randn(3, 2, 5)
+                sources[sick, 1, 2] = value
+                found = get_method(method).merge([sources[1], sources[2]], sources[0].clone(), coefficients)
+                assert not found[1, 2].isfinite()
 
     def test_a_target_that_is_a_parent(self, moe_parents, tmp_path):
         file = write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +87,8 @@ class Fused:
     """What was packed."""
     dtype: torch.dtype
     """Of the result."""
+    blame: Callable[[], object] | None = None
+    """Called when some of the result is not finite: looks through operands that nobody has looked through."""
 
     @property
     def base(self) -> Tensor:
@@ -127,6 +130,8 @@ class Fused:
             begin: number of the first among those of the tensors.
         """
         self.loop.run(self.packed, out, begin + self.given.first, self.base.shape[1])
+        if self.blame is not None and not math.isfinite(float(out.sum())):
+            self.blame()
 
 
 _loops: dict[tuple[str, tuple[Node, ...], tuple[torch.dtype, ...]], Loop | None] = {}
