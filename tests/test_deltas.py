@@ -146,9 +146,9 @@ class TestCandidates:
         _, _, writer = self.writer(moe_parents, deltas="int8", residency=Residency.DEVICE)
         reads, read = [], Checkpoint.tensor
 
-        def counted(self, piece, cut=None):
+        def counted(self, piece, cut=None, **more):
             reads.append((self.path, piece))
-            return read(self, piece, cut)
+            return read(self, piece, cut, **more)
 
         monkeypatch.setattr(Checkpoint, "tensor", counted)
         for share in (0.25, 0.5):

@@ -79,8 +79,8 @@ def test_the_union_of_the_ranks_is_the_unsharded_merge(moe_parents, n, tmp_path)
 def test_a_rank_reads_and_holds_no_more_than_its_own(moe_parents, kind, monkeypatch):
     read, tensor = [], Checkpoint.tensor
 
-    def counted(*args):
-        read.append(tensor(*args))
+    def counted(*args, **more):
+        read.append(tensor(*args, **more))
         return read[-1]
 
     monkeypatch.setattr(Checkpoint, "tensor", counted)

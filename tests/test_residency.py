@@ -49,7 +49,7 @@ def test_device_and_pinned_keep_a_copy_and_disk_keeps_none(moe_parents, monkeypa
     read = Checkpoint.tensor
     for kind in KINDS:
         pieces, n_reads = Pieces(kind), []
-        monkeypatch.setattr(Checkpoint, "tensor", lambda *a, n_reads=n_reads: n_reads.append(1) or read(*a))
+        monkeypatch.setattr(Checkpoint, "tensor", lambda *a, n=n_reads, **more: n.append(1) or read(*a, **more))
         first, second = pieces.read(cut, cpu), pieces.read(cut, cpu)
         monkeypatch.setattr(Checkpoint, "tensor", read)
         assert len(n_reads) == (2 if kind is Residency.DISK else 1) and torch.equal(first, second)
