@@ -66,8 +66,7 @@ class Merger:
         """
         read: dict[int, Stored] = {}
         rows = self._common.get(part.tensor)
-        mixture = job.method is not None and job.method.is_mixture
-        late = mixture and not keep and region is None and rows is None and device.type == "cpu"
+        late = rows is None and region is None and not keep and self._may_look_late(part, job, device)
 
         def source(i: int) -> Stored:
             if i not in read:
@@ -88,6 +87,11 @@ class Merger:
             shape = (rows.n_rows, *interface.shape[1:])
             merged = Stored(interface.encoding, (merged.result().view(shape),))
         return rows.complete(merged, interface)
+
+    def _may_look_late(self, part: Part, job: Job, device: torch.device) -> bool:
+        """Whether a loop makes a part, of which nothing is lost if a source has NaN or Inf."""
+        mixture = job.method is not None and job.method.is_mixture
+        return mixture and device.type == "cpu" and isinstance(self._like.entries[part.tensor].encoding, Plain)
 
     def _looked_at(self, merged: Stored | Fused, part: Part, job: Job, device: torch.device) -> Stored | Fused:
         """A mixture of sources in which nobody has looked for NaN and Inf: they would be in what a loop makes of them,

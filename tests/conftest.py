@@ -23,6 +23,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from evo.config import Config
+from tests.synthetic import config_of
+
 # The same examples in every run; `pytest --hypothesis-profile default` draws new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
@@ -122,3 +125,10 @@ def moe_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three random DeepSeek-V3 checkpoints."""
     folder = tmp_path_factory.mktemp("moe")
     return {name: make_checkpoint(folder / name, "deepseek_v3", seed) for seed, name in enumerate(["base", "a", "b"])}
+
+
+@pytest.fixture
+def chimera() -> Config:
+    """A config of a run over the built-in parents."""
+    engine = {"dtype": "float32", "device": "cpu", "batch_size": 32, "max_tokens": 110}
+    return config_of({name: CHIMERA / name for name in ("reasoner", "concise", "base")}, engine=engine)

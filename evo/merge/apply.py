@@ -53,8 +53,6 @@ class PartMerge:
     def compiled(self) -> Fused | None:
         """The compiled loop that does the same, if there is one and it has the same bits."""
         operands = (self.base, *self.donors)
-        if not all(isinstance(operand, Tensor) or hasattr(operand, "symbol") for operand in operands):
-            return None
         large, first, arguments = self.base.numel() >= kernels.FUSE_FROM_ELEMENTS, 0, self.arguments
         if self.width in (None, self.base.shape[1]):
             first = self.corner[0] * self.base.shape[1]

@@ -162,6 +162,8 @@ def fuse(
         None where the merge has to run on tensors: no compiler, another device, dtype or layout, or an operation
         that cannot be compiled.
     """
+    if not _compiles_for(operands[0].device):
+        return None
     try:
         tape, nodes = record(method, operands, coefficients, arguments)
     except Untraceable as error:
@@ -186,7 +188,7 @@ def compute(write_down: Callable[[Tape], Symbol], on_tensors: Callable[[Tensor],
         on_tensors(found)
         return found
 
-    if out.is_contiguous() and out.dtype in WRITTEN:
+    if out.is_contiguous() and out.dtype in WRITTEN and _compiles_for(out.device):
         tape = Tape()
         nodes = tape.key(write_down(tape))
         fused = _fused(tape, nodes, out.dtype, [], out.numel() >= FUSE_FROM_ELEMENTS, 0)
@@ -223,14 +225,16 @@ def _gives(fused: Fused, expected: Tensor) -> bool:
     return bool(same.all())
 
 
+def _compiles_for(device: torch.device) -> bool:
+    return device.type in LOOPS and OFF not in os.environ
+
+
 def _fused(
     tape: Tape, nodes: tuple[Node, ...], dtype: torch.dtype, words: Sequence[int], may_compile: bool, first: int
 ) -> Fused | None:
     """A tape ready to run, if it can be compiled."""
     inputs = tape.inputs
     device = inputs[0].device
-    if device.type not in LOOPS or OFF in os.environ:
-        return None
     if not all(t.dtype in READ and t.is_contiguous() and t.device == device for t in inputs):
         return None
     key = (device.type, nodes, (*(t.dtype for t in inputs), dtype))
