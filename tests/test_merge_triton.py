@@ -8,12 +8,10 @@ import torch
 from evo.merge import METHODS, kernels
 from evo.merge.kernels import fuse, record
 from evo.merge.tape import Tape
-from evo.merge.triton_kernel import MOST_ELEMENTS, TritonKernel
+from evo.merge.triton_kernel import TritonKernel
 from tests.test_merge_compiled import bits, compressed, floats_around_those_of_e4m3, in_fp8, on_tensors, part_merge
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -99,21 +97,28 @@ def test_some_rows_of_a_part_are_those_of_the_whole(device, name):
     assert torch.equal(bits(piece.cpu()), bits(fused.result().cpu()[start : start + len(piece)]))
 
 
+def compiled_for_a_gpu(merge, result):
+    """PTX of a merge to some dtype."""
+    tape, nodes = record(merge.method, [merge.base, *merge.donors], merge.coefficients, merge.arguments)
+    return TritonKernel(nodes, (*(tensor.dtype for tensor in tape.inputs), result)).compiled_for(90)["ptx"]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_compiled_for_a_gpu_rounds_every_operation_by_itself_and_reads_16_bytes_at_a_time(
     name, tmp_path, monkeypatch
 ):
-    """Triton needs no GPU to compile for one (here of compute capability 9.0)."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    merge = part_merge(name)
-    _, nodes = record(merge.method, [merge.base, *merge.donors], merge.coefficients, merge.arguments)
-    kernel = TritonKernel(nodes, (torch.bfloat16,) * 4)._kernel
-    kinds = {"N": "constexpr", "o": "*bf16", "x": "*bf16", "s": "fp32", "t": "*fp32"}
-    signature = {n: kinds.get(n if n == "N" else n[0], "i32") for n in kernel.arg_names}
-    aligned = {"begin", "end", "first", "n_columns", *(n for n in signature if signature[n].startswith("*"))}
-    hints = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in aligned}
-    source = ASTSource(kernel, signature, {"N": MOST_ELEMENTS}, hints)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    ptx = compiled_for_a_gpu(part_merge(name), torch.bfloat16)
     assert not re.search(r"\b(fma|div\.full|div\.approx|rcp)\b|\.ftz", ptx)
     assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
     assert not re.search(r"(ld|st)\.global\.b16", ptx)
+
+
+@pytest.mark.parametrize("stored", ["fp8", "int8"])
+def test_numbers_of_a_byte_are_read_several_at_a_time(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    merge = part_merge("linear", shape=(64, 512))
+    merge = in_fp8(merge) if stored == "fp8" else compressed(merge, 8)
+    ptx = compiled_for_a_gpu(merge, torch.float32 if stored == "fp8" else torch.bfloat16)
+    assert not re.search(r"\b(fma|div\.full|div\.approx|rcp)\b|\.ftz", ptx)
+    assert not re.search(r"(ld|st)\.global\.b(8|16)", ptx)

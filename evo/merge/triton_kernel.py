@@ -58,6 +58,11 @@ _STORED = {
     torch.bfloat16: "to_bfloat16(v{0})",
     torch.float8_e4m3fn: "to_e4m3(v{0})",
 }
+_POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*u8",
+    torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
+_OPTIONS = {"enable_fp_fusion": False}
 
 
 class TritonKernel:
@@ -69,6 +74,7 @@ class TritonKernel:
 
     def __init__(self, nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> None:
         self.is_right: bool | None = None
+        self._dtypes = dtypes
         self._has_rows = any(operation in ("row", "tile") for operation, *_ in nodes)
         try:
             with tempfile.TemporaryDirectory(prefix="mergefront-") as folder:  # Triton reads a function from its file
@@ -101,8 +107,30 @@ class TritonKernel:
                 *(_as_bytes(out), begin, end, first, first_row, n_columns, n_pieces),
                 *arguments,
                 N=n,
-                enable_fp_fusion=False,
+                **_OPTIONS,
             )
+
+    def compiled_for(self, capability: int) -> dict[str, Any]:
+        """What a GPU would run, which need not be here: of programs of 1,024 elements, all of it aligned.
+
+        Args:
+            capability: compute capability of the GPU, e.g. 90.
+
+        Returns:
+            "ptx" (text), "cubin" (bytes) and what else Triton makes.
+        """
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        kinds = {"N": "constexpr", "out": _POINTERS[self._dtypes[-1]]}
+        kinds |= {f"x{i}": _POINTERS[dtype] for i, dtype in enumerate(self._dtypes[:-1])}
+        signature = {n: kinds.get(n) or {"s": "fp32", "t": "*fp32"}.get(n[0], "i32") for n in self._kernel.arg_names}
+        aligned = {"begin", "end", "first", "n_columns", *(n for n, kind in signature.items() if kind.startswith("*"))}
+        hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+        source = ASTSource(self._kernel, signature, {"N": MOST_ELEMENTS}, hints)
+        found: dict[str, Any] = compile(source, target=GPUTarget("cuda", capability, 32), options=_OPTIONS).asm
+        return found
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ LLAMA_1B = {
 }  # fmt: skip
 """config.json of the shape of Llama 3.2 1B: 1,235,814,400 parameters."""
 
+LLAMA_8B_CUT = {
+    **LLAMA_1B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "head_dim": 128,
+}  # fmt: skip
+"""config.json of 8 of Llama 3.1 8B's 32 blocks (and tied embeddings): 2,270,236,672 parameters."""
+
 
 def llama_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Tensor names and shapes of a Llama with tied embeddings."""
