@@ -34,6 +34,11 @@ class Holding:
         """What stays for the next candidate."""
         return self.stored + self.made if self.deltas is None else self.deltas
 
+    @property
+    def kept_pinned(self) -> int:
+        """The same in pinned memory; differences are not pinned."""
+        return self.pinned if self.deltas is None else self.deltas
+
 
 def holdings(
     checkpoints: Mapping[str, Checkpoint],

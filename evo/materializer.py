@@ -98,7 +98,7 @@ class Materializer:
             raise ValueError(f"memory.deltas: {deltas!r} cannot be had of shards: expected 'exact'")
         self._base = base if compression else None
         self._deltas = Deltas(compression) if compression else None
-        chosen = choose(residency, home, self._n_bytes(), shards=partial)
+        chosen = choose(residency, home, *self._n_bytes(), shards=partial)
         if self._deltas:
             self._deltas.on_device = chosen is Residency.DEVICE
         self._pieces = Pieces(chosen)
@@ -152,13 +152,16 @@ class Materializer:
         """Whether a recipe's donors may be, and are, compressed."""
         return self._deltas is not None and bool(recipe.get("compressed")) and recipe["base"] == self._base
 
-    def _n_bytes(self) -> int:
-        """Of all that is kept of the sources; of shards roughly, as their share of what they are cut out of."""
-        found = holdings(self._checkpoints, self._targets, self._deltas, self._base, self._common)
+    def _n_bytes(self) -> tuple[int, int]:
+        """Of all that is kept of the sources, and of it in pinned memory; of shards roughly, as their share of what
+        they are cut out of.
+        """
+        found = holdings(self._checkpoints, self._targets, self._deltas, self._base, self._common).values()
         first = next(iter(self._checkpoints.values()))
         numbers = sum(target.slot.numel() for targets in self._targets.values() for target in targets)
-        whole = sum(math.prod(matrix_of(first, part)) for part in self._targets)
-        return int(sum(holding.kept for holding in found.values()) * min(1.0, numbers / max(1, whole)))
+        share = min(1.0, numbers / max(1, sum(math.prod(matrix_of(first, part)) for part in self._targets)))
+        kept, pinned = sum(one.kept for one in found), sum(one.kept_pinned for one in found)
+        return int(kept * share), int(pinned * share)
 
     @torch.no_grad()
     def feed(self, recipe: Mapping[str, Any], load: Callable[[Iterator[tuple[str, Tensor]]], object]) -> UpdateReport:

@@ -41,6 +41,7 @@ def choose(
     residency: Residency,
     device: torch.device,
     n_bytes: int,
+    n_pinned: int,
     *,
     shards: bool = False,
     free: Callable[[torch.device], int] = free_bytes,
@@ -51,6 +52,7 @@ def choose(
         residency: what was asked for.
         device: where the resident model is.
         n_bytes: of what would be kept of all sources.
+        n_pinned: of the same in pinned memory, where it takes more.
         shards: whether pieces of tensors are held, which are cut out of the files and so copies.
         free: bytes that are free on a device.
 
@@ -68,7 +70,7 @@ def choose(
         return Residency.DEVICE if shards else Residency.DISK
     if n_bytes <= SHARE * free(device):
         return Residency.DEVICE
-    fits = n_bytes <= SHARE * free(torch.device("cpu"))
+    fits = n_pinned <= SHARE * free(torch.device("cpu"))
     return Residency.PINNED if fits else Residency.DISK
 
 

@@ -229,12 +229,10 @@ def test_sources_are_counted_as_a_materializer_keeps_them(
     compressed = sum(t.nbytes for held in (writer._deltas._kept.values() if writer._deltas else ()) for t in held)
     items = Sources(config, checkpoints).items(residency, deltas, "host")
     originals = [i for i in items if i.what.startswith(("the checkpoint", "factors")) and "exact scores" not in i.what]
-    if residency is Residency.PINNED:  # a power of two each
-        assert sum(i.n_bytes for i in originals) == sum(2 ** math.ceil(math.log2(t.nbytes)) for t in kept)
-    else:
-        assert sum(i.n_bytes for i in originals) == sum(t.nbytes for t in kept)
+    exact, pinned = sum(t.nbytes for t in kept), sum(2 ** math.ceil(math.log2(t.nbytes)) for t in kept)
+    assert sum(i.n_bytes for i in originals) == (pinned if residency is Residency.PINNED else exact)
     assert sum(i.n_bytes for i in items if i.what.startswith("differences")) == compressed
-    assert writer._n_bytes() == sum(t.nbytes for t in kept) + compressed
+    assert writer._n_bytes() == (exact + compressed, pinned + compressed)
     where = {i.where for i in originals if i.what.startswith("the checkpoint")}
     assert where == {"mapped" if residency is Residency.DISK else "host"}
 

@@ -61,11 +61,11 @@ def test_auto_takes_what_fits():
     def free(device):
         return 100 if device.type == "cuda" else 1000
 
-    assert [choose(Residency.AUTO, gpu, n, free=free) for n in (50, 51, 500, 501)] == [
+    assert [choose(Residency.AUTO, gpu, n, m, free=free) for n, m in ((50, 64), (51, 64), (400, 500), (400, 501))] == [
         Residency.DEVICE, Residency.PINNED, Residency.PINNED, Residency.DISK
     ]  # fmt: skip
-    assert choose(Residency.AUTO, cpu, 1) is Residency.DISK
-    assert choose(Residency.AUTO, cpu, 1, shards=True) is Residency.DEVICE
-    assert choose(Residency.PINNED, gpu, 10**9) is Residency.PINNED
+    assert choose(Residency.AUTO, cpu, 1, 1) is Residency.DISK
+    assert choose(Residency.AUTO, cpu, 1, 1, shards=True) is Residency.DEVICE
+    assert choose(Residency.PINNED, gpu, 10**9, 10**9) is Residency.PINNED
     with pytest.raises(ValueError, match=r"pinned.*expected 'device', 'disk' or 'auto'"):
-        choose(Residency.PINNED, cpu, 1)
+        choose(Residency.PINNED, cpu, 1, 1)

@@ -61,11 +61,13 @@ class Sources:
         Raises:
             ValueError: if it cannot be had.
         """
-        kept = sum(holding.kept for holding in self._holdings(deltas, self._checkpoints).values())
+        found = self._holdings(deltas, self._checkpoints).values()
+        kept, pinned = sum(holding.kept for holding in found), sum(holding.kept_pinned for holding in found)
         where = torch.device("cuda" if device == "gpu" else "cpu")
         return choose(
-            Residency(residency), where, kept, free=lambda d: free.get("gpu" if d.type == "cuda" else "host", 0)
-        )
+            Residency(residency), where, kept, pinned,
+            free=lambda d: free.get("gpu" if d.type == "cuda" else "host", 0),
+        )  # fmt: skip
 
     def items(self, residency: Residency, deltas: str, device: str) -> list[Item]:
         """By place.
