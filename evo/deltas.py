@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from evo.encodings import EncodingError, cut_units
 from evo.encodings.low_rank import MAX_RANK, LowRankSum, fixed_point
-from evo.merge.blocks import Block, Operand, blocks
+from evo.merge.blocks import Block, Operand, Region, blocks
 from evo.merge.kernels import symbol_of
 from evo.merge.tape import Symbol, Tape, Untraceable
 
@@ -46,6 +47,9 @@ class Compression(Protocol):
 
     def donor(self, base: Operand, kept: Sequence[Tensor]) -> Operand:
         """The base plus what has been kept."""
+
+    def check(self, shape: tuple[int, int], region: Region) -> None:
+        """Raise EncodingError unless a region of a matrix is compressed as it is in the whole."""
 
 
 def parse(deltas: str) -> Compression | None:
@@ -106,6 +110,10 @@ class Absmax:
     def donor(self, base: Operand, kept: Sequence[Tensor]) -> Operand:
         """See Compression."""
         return _Quantized(base, kept[0], kept[1], self.bits)
+
+    def check(self, shape: tuple[int, int], region: Region) -> None:
+        """See Compression."""
+        cut_units(region, shape, (1, BLOCK))
 
 
 def _pack(numbers: Tensor) -> Tensor:
@@ -180,6 +188,10 @@ class LowRankDelta:
         """See Compression."""
         return LowRankSum(base, kept[0], kept[1], 1.0)
 
+    def check(self, shape: tuple[int, int], region: Region) -> None:
+        """See Compression."""
+        raise EncodingError("low-rank differences cannot be had of shards: expected deltas exact, int8 or int4")
+
 
 class Deltas:
     """The compressed donors of a search, made when first asked for and then kept.
@@ -203,18 +215,32 @@ class Deltas:
         """Of one donor's differences, of those of these matrices that are covered."""
         return sum(self._compression.n_bytes(shape) for shape in shapes if self.covers(shape))
 
-    def donor(self, source: str, part: Any, base: Operand, exact: Callable[[], Operand]) -> Operand:
-        """A donor as it is compressed.
+    def check(self, shape: tuple[int, int], region: Region) -> None:
+        """See Compression."""
+        if self.covers(shape):
+            self._compression.check(shape, region)
+
+    def donor(
+        self, source: str, part: Any, base: Operand, exact: Callable[[], Operand], region: Region | None = None
+    ) -> Operand:
+        """A donor, or a region of one, as it is compressed.
 
         Args:
             source: its name.
             part: a part that is covered.
-            base: the same part of the base.
+            base: the same of the base.
             exact: reads the donor's; called the first time.
+            region: rows and columns of the part's matrix; None for all of it.
         """
-        if (source, part) not in self._kept:
-            self._kept[source, part] = self._compress(source, base, exact())
-        return self._compression.donor(base, [tensor.to(base.device) for tensor in self._kept[source, part]])
+        key = (source, part, region and tuple((s.start, s.stop) for s in region))
+        if key not in self._kept:
+            self._kept[key] = self._compress(source, base, exact())
+        return self._compression.donor(base, [tensor.to(base.device) for tensor in self._kept[key]])
+
+    def passing(self, base: Operand, donor: Operand) -> Operand:
+        """A donor as it is compressed, which is not kept."""
+        kept = self._compression.compress(lambda block: donor[block].float() - base[block].float(), base)
+        return self._compression.donor(base, kept)
 
     @property
     def errors(self) -> Mapping[str, float]:

@@ -21,7 +21,7 @@ from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.copies import tied_heads, unscored_copies
 from evo.deltas import EXACT, Deltas, parse
-from evo.encodings import Stored, stack
+from evo.encodings import EncodingError, Stored, stack
 from evo.encodings.rounding import Rounding
 from evo.holdings import holdings, matrix_of
 from evo.job import Job
@@ -68,8 +68,8 @@ class Materializer:
         base: name of the source that compressed differences are taken to.
 
     Raises:
-        CheckpointError: if a tensor has no slot, or a shard does not fit.
-        ValueError: if a residency needs a GPU, and there is none, or shards were to be compressed.
+        CheckpointError: if a tensor has no slot, or a shard does not fit, or cannot be compressed so.
+        ValueError: if a residency needs a GPU, and there is none.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class Materializer:
         self._device = torch.device(device)
         home = next((t.slot.device for targets in self._targets.values() for t in targets), self._device)
         compression = parse(deltas)
-        if compression is not None and partial:
-            raise ValueError(f"memory.deltas: {deltas!r} cannot be had of shards: expected 'exact'")
         self._base = base if compression else None
         self._deltas = Deltas(compression) if compression else None
+        if self._deltas:
+            self._check_differences(self._deltas)
         chosen = choose(residency, home, *self._n_bytes(), shards=partial)
         if self._deltas:
             self._deltas.on_device = chosen is Residency.DEVICE
@@ -195,6 +195,16 @@ class Materializer:
         parts = [part for part in self.layout.parts if part.tensor in slots and part.tensor not in self._tied]
         entries = {part: [c.entries[part.tensor] for c in self._checkpoints.values()] for part in parts}
         return {part: found for part in parts if (found := targets_of(part, entries[part], slots))}
+
+    def _check_differences(self, deltas: Deltas) -> None:
+        """Raise CheckpointError unless the differences of all shards can be compressed by themselves."""
+        first = next(iter(self._checkpoints.values()))
+        for part, targets in self._targets.items():
+            for region in (t.region for t in targets if t.region and part.tensor not in self._common):
+                try:
+                    deltas.check(matrix_of(first, part), region)
+                except EncodingError as error:
+                    raise CheckpointError(f"memory.deltas: {part.tensor}: {error}") from None
 
     def _write(self, part: Part, job: Job, slot: Tensor, region: Region | None) -> None:
         made = self._merger.part(part, job, slot.device, True, region=region)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -120,11 +121,9 @@ class Merger:
         """What a job makes of its sources, source(0) being the base, or of that region of them."""
         if job.method is None:
             return source(0).as_output(CHUNK_ELEMENTS)
-        method, (base, *donors) = job.method, self._operands(part, job, source)
+        method, (base, *donors) = job.method, self._operands(part, job, source, region)
         operands = dict(zip(job.sources, (base, *donors), strict=True))
-        stats = self.measured.of(
-            part, job, device, self._reader.whole(part, device) if region else operands.__getitem__
-        )
+        stats = self.measured.of(part, job, device, self._whole(part, job, device) if region else operands.__getitem__)
         if method.copy_once_measured:
             copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
             if copied is not None:
@@ -140,16 +139,24 @@ class Merger:
         values, chunk = (compiled.block, COMPILED_ELEMENTS) if compiled else (merge.block, CHUNK_ELEMENTS)
         return Stored(output, output.encode(shape, device, values, chunk, watch))
 
-    def _operands(self, part: Part, job: Job, source: Callable[[int], Stored]) -> list[Operand]:
+    def _operands(self, part: Part, job: Job, source: Callable[[int], Stored], region: Region | None) -> list[Operand]:
         """The base, then the donors: themselves, or what is left of them."""
         base = source(0).operand
         if self._deltas is None or not self._is_compressed(part, job):
             return [base, *(source(i).operand for i in range(1, len(job.sources)))]
         donors = (
-            self._deltas.donor(name, part, base, lambda i=i: source(i).operand)  # type: ignore[misc]
+            self._deltas.donor(name, part, base, lambda i=i: source(i).operand, region)  # type: ignore[misc]
             for i, name in enumerate(job.sources[1:], 1)
         )
         return [base, *donors]
+
+    def _whole(self, part: Part, job: Job, device: torch.device) -> Callable[[str], Operand]:
+        """Gives sources of a part as a whole, as they are merged; nothing is kept beyond that."""
+        read, deltas = self._reader.whole(part, device), self._deltas
+        if deltas is None or not self._is_compressed(part, job):
+            return read
+        base = job.sources[0]
+        return functools.cache(lambda name: read(name) if name == base else deltas.passing(read(base), read(name)))
 
     def _is_compressed(self, part: Part, job: Job) -> bool:
         covered = self._deltas is not None and self._deltas.covers(matrix_of(self._like, part))

@@ -157,7 +157,3 @@ class TestCandidates:
         matrices = [r for r in reads if r[0] == moe_parents["a"] and "norm" not in r[1]]
         assert len(matrices) == len(set(matrices)) > 0
         assert {key[0] for key in writer._pieces._kept} == {moe_parents["base"]}
-
-    def test_shards_are_refused(self, moe_parents):
-        with pytest.raises(ValueError, match=r"memory.deltas: 'int8' cannot be had of shards"):
-            self.writer(moe_parents, deltas="int8", partial=True)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint, CheckpointError
+from evo.deltas import Absmax
 from evo.materializer import Materializer
 from evo.merge import kernels
 from evo.merge.cpp_loop import find_compiler
@@ -15,6 +16,7 @@ from evo.merge.noise import uniforms, uniforms_of_rows
 from evo.parallel import LAYOUTS
 from evo.shards import Shard
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.conftest import CONFIGS, make_checkpoint
 from tests.encoding import to_fp8
 from tests.packing import pack
 from tests.ranks import run_rank, slots_of
@@ -156,6 +158,43 @@ def test_fp8_shards_are_whole_blocks(moe_parents, tmp_path):
             assert torch.equal(slot, expected[at])
     with pytest.raises(CheckpointError, match="multiples of 16 rows"):
         Materializer(open_checkpoints(quantized), {name: [Shard(torch.empty(8, 48), slice(0, 8))]}, partial=True)
+
+
+@pytest.fixture(scope="module")
+def wide_parents(tmp_path_factory):
+    """Rows long enough for several scales of compressed differences."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = CONFIGS["llama"]()
+    config.intermediate_size = 384
+    return {n: make_checkpoint(folder / n, config, seed) for seed, n in enumerate(["base", "a", "b"])}
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("deltas", ["int8", "int4"])
+def test_shards_of_compressed_donors(wide_parents, deltas, method):
+    recipe = {**recipes_of(wide_parents)[method].to_dict(), "compressed": True}
+    name, shape = "model.layers.0.mlp.down_proj.weight", (32, 384)
+    checkpoints = open_checkpoints(wide_parents)
+    slots = {n: torch.empty(e.shape, dtype=torch.bfloat16) for n, e in checkpoints["a"].scored.items()}
+    report = Materializer(checkpoints, slots, deltas=deltas, base="base").write(recipe)
+    assert min(report.delta_errors.values()) > 1e-3
+    regions = [(slice(0, 10), slice(0, 384)), (slice(10, 32), slice(0, 128)), (slice(10, 32), slice(128, 384))]
+    shards = [Shard(torch.empty(*(s.stop - s.start for s in at), dtype=torch.bfloat16), *at) for at in regions]
+    writer = Materializer(checkpoints, {name: shards}, partial=True, deltas=deltas, base="base")
+    writer.write(recipe)
+    assert all(torch.equal(shard.slot, slots[name][shard.rows, shard.columns]) for shard in shards)
+    kept = [t for tensors in writer._deltas._kept.values() for t in tensors]
+    assert sum(t.nbytes for t in kept) == 2 * Absmax(int(deltas[3:])).n_bytes(shape)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "columns", "match"),
+    [("int4", slice(64, 192), "multiples of 1 rows and 128 columns"), ("low_rank(2)", slice(0, 128), "int8 or int4")],
+)
+def test_shards_that_cannot_be_compressed_are_refused(wide_parents, deltas, columns, match):
+    name, shard = "model.layers.0.mlp.down_proj.weight", Shard(torch.empty(32, 128), slice(None), columns)
+    with pytest.raises(CheckpointError, match=rf"memory.deltas: {name}: .*{match}"):
+        Materializer(open_checkpoints(wide_parents), {name: [shard]}, partial=True, deltas=deltas, base="base")
 
 
 @pytest.mark.parametrize("stride", [6, 7])
