@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,10 @@ from search_spaces.layout import Layout, Part, Role
 RECIPE_VERSION = 1
 
 Cell = tuple[Role, int | None, int | None]
+"""Role, block and expert of parts."""
+Site = tuple[Role, int | None]
+Sites = Mapping[Site, Collection[int | None]]
+"""Role and block -> the experts there; None for what belongs to no expert."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,24 @@ class Rule:
     knobs: Mapping[str, float] = field(default_factory=dict)
     """Further arguments of the method, as "density", or as "density:DONOR" for one donor."""
 
-    def cells(self, layout_cells: frozenset[Cell]) -> list[Cell]:
+    def cells(self, sites: Sites) -> Iterator[Cell]:
         """The addresses of a layout that this rule selects."""
-        if self.roles is not None and self.blocks is not None and self.experts is not None:
-            wanted = [(r, _block(b), e) for r in self.roles for b in self.blocks for e in self.experts]
-            return [cell for cell in wanted if cell in layout_cells]
-        return [cell for cell in layout_cells if self._selects(cell)]
+        for role, block in self._sites(sites):
+            there = sites[role, block]
+            for expert in there if self.experts is None else self.experts:
+                if expert in there:
+                    yield role, block, expert
 
-    def _selects(self, cell: Cell) -> bool:
-        role, block, expert = cell
-        return (
-            (self.roles is None or role in self.roles)
-            and (self.blocks is None or (-1 if block is None else block) in self.blocks)
-            and (self.experts is None or expert in self.experts)
+    def _sites(self, sites: Sites) -> Iterable[Site]:
+        if self.roles is None or self.blocks is None:
+            return filter(self._selects, sites)
+        wanted = ((role, _block(index)) for role in self.roles for index in self.blocks)
+        return (site for site in wanted if site in sites)
+
+    def _selects(self, site: Site) -> bool:
+        role, block = site
+        return (self.roles is None or role in self.roles) and (
+            self.blocks is None or (-1 if block is None else block) in self.blocks
         )
 
 
@@ -162,11 +171,13 @@ class Recipe:
 
 def assign(rules: Sequence[Rule], layout: Layout) -> dict[Part, Rule | None]:
     """Give every part the first rule that selects it. Linear in parts + rules, but for rules that name tensors."""
-    cells = frozenset(part.cell for part in layout.parts)
+    sites: dict[Site, dict[int | None, None]] = {}
+    for role, block, expert in dict.fromkeys(part.cell for part in layout.parts):
+        sites.setdefault((role, block), {})[expert] = None
     rule_of: dict[Cell, Rule] = {}
     by_name: dict[Part, Rule] = {}
     for rule in rules:
-        selected = rule.cells(cells)
+        selected = rule.cells(sites)
         if rule.tensors is None:
             for cell in selected:
                 rule_of.setdefault(cell, rule)
