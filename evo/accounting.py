@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from evo.checkpoint import Checkpoint
@@ -98,7 +98,7 @@ def _account(recipe: Recipe, rule: Rule, i: int) -> Account:
 
 def to_json(accounts: Mapping[str, Account], hashes: Mapping[str, str]) -> str:
     """The text of accounting.json: tensor of the files -> how, sources, methods, rules, BLAKE3 of its bytes."""
-    found = {name: {**asdict(account), "blake3": hashes[name]} for name, account in accounts.items()}
+    found = {name: {**vars(account), "blake3": hashes[name]} for name, account in accounts.items()}
     return json.dumps({"summary": summary(accounts), "tensors": found}, indent=1) + "\n"
 
 

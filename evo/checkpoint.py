@@ -69,11 +69,11 @@ class Checkpoint:
             raise CheckpointError(f"no checkpoint at {path}: expected a folder with safetensors files")
         if (path / INDEX_FILE).is_file():
             weight_map = _read_index(path)
-        elif (path / SINGLE_FILE).is_file():
-            weight_map = dict.fromkeys(read_header(path / SINGLE_FILE), SINGLE_FILE)
-        else:
-            raise CheckpointError(_nothing_to_read(path))
-        return cls(path, weight_map, _headers_of(path, weight_map))
+            return cls(path, weight_map, _headers_of(path, weight_map))
+        if (path / SINGLE_FILE).is_file():
+            headers = read_header(path / SINGLE_FILE)
+            return cls(path, dict.fromkeys(headers, SINGLE_FILE), headers)
+        raise CheckpointError(_nothing_to_read(path))
 
     def _find_entries(self) -> dict[str, Entry]:
         try:

@@ -7,6 +7,7 @@ recipes speak of parts, so that per-expert and packed checkpoints are addressed 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def parse_layout(shapes: Mapping[str, tuple[int, ...]], n_blocks: int | None = N
     for name, shape in shapes.items():
         if name in unscored:
             continue
-        role = _role_of(name)
+        role, _, _ = _address(name)
         if role is None:
             unknown.append(name)
             continue
@@ -145,20 +146,27 @@ def is_by_token(name: str) -> bool:
 
 
 def _is_unscored(name: str, n_blocks: int | None) -> bool:
-    block = _BLOCK.search(name)
-    return bool(_UNSCORED.search(name)) or (n_blocks is not None and block is not None and int(block[1]) >= n_blocks)
+    _, block, _ = _address(name)
+    return bool(_UNSCORED.search(name)) or (n_blocks is not None and block is not None and block >= n_blocks)
 
 
-def _role_of(name: str) -> Role | None:
-    return next((role for role, pattern in _ROLES if pattern.search(name)), None)
+@functools.cache  # the checkpoints of a merge have the same names
+def _address(name: str) -> tuple[Role | None, int | None, int | None]:
+    """What a tensor's name says: its role, block and expert."""
+    role = next((role for role, pattern in _ROLES if pattern.search(name)), None)
+    return role, _number(_BLOCK, name), _number(_EXPERT, name)
+
+
+def _number(pattern: re.Pattern[str], name: str) -> int | None:
+    found = pattern.search(name)
+    return int(found[1]) if found else None
 
 
 def _parts_of(name: str, shape: tuple[int, ...], role: Role) -> Iterable[Part]:
-    block_match, expert_match = _BLOCK.search(name), _EXPERT.search(name)
-    block = int(block_match[1]) if block_match else None
-    if role is Role.ROUTED_EXPERT and expert_match is None:  # packed: (n_experts, ...)
+    _, block, expert = _address(name)
+    if role is Role.ROUTED_EXPERT and expert is None:  # packed: (n_experts, ...)
         return [Part(name, row, block, row, role) for row in range(shape[0])]
-    return [Part(name, None, block, int(expert_match[1]) if expert_match else None, role)]
+    return [Part(name, None, block, expert, role)]
 
 
 def _some(names: list[str], limit: int = 5) -> str:

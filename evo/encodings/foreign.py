@@ -32,6 +32,7 @@ _TELLTALES = {
     r"\.weight_scales$": "EETQ",
     r"\.weight\._(data|scale)$": "quanto",
 }
+_ANY_TELLTALE = re.compile("|".join(_TELLTALES))
 
 
 def refuse(names: Iterable[str], quantization: Mapping[str, Any]) -> None:
@@ -47,10 +48,9 @@ def refuse(names: Iterable[str], quantization: Mapping[str, Any]) -> None:
     method = quantization.get("quant_method")
     if method is not None and method not in READ:
         raise EncodingError(f"quantised with {method!r} (config.json: quantization_config). {advice(method)}")
-    for name in names:
-        for pattern, kind in _TELLTALES.items():
-            if re.search(pattern, name):
-                raise EncodingError(f"tensor {name} is one of {kind}'s. {advice(kind)}")
+    if name := next(filter(_ANY_TELLTALE.search, names), None):
+        kind = next(kind for pattern, kind in _TELLTALES.items() if re.search(pattern, name))
+        raise EncodingError(f"tensor {name} is one of {kind}'s. {advice(kind)}")
 
 
 def advice(kind: str) -> str:
