@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evo.encodings import Encoding, Values, Watcher
 from evo.merge.blocks import Operand, Region
+from evo.merge.tape import Symbol, Tape, Untraceable
 
 BITS = 21
 MAX_RANK = 1 << (53 - 2 * BITS)
@@ -84,6 +85,10 @@ class LowRankSum:
         rows, columns = block if isinstance(block, tuple) else (block, slice(None))
         difference = self._left[rows].double() @ self._right[:, columns].double()
         return difference.mul_(self._scale).add_(self._base[rows, columns]).float()
+
+    def symbol(self, tape: Tape) -> Symbol:
+        """See kernels.Recordable: an element of it takes a row and a column, in float64."""
+        raise Untraceable("merges of low-rank differences (LoRA) are matrix products, which no loop here does")
 
 
 def fixed_point(factor: Tensor, dim: int) -> Tensor:

@@ -167,7 +167,7 @@ def fuse(
     try:
         tape, nodes = record(method, operands, coefficients, arguments)
     except Untraceable as error:
-        _say_once(f"{error}: this merge is not compiled, and slower")
+        _say_once(f"{error}: this merge runs on tensors, slower and with the same bits")
         return None
     base = tape.inputs[0]
     dtype = torch.float32 if base.dtype.itemsize == 1 else base.dtype
