@@ -31,19 +31,26 @@ _REFUSED = {
 }
 
 
-def open_checkpoints(paths: Mapping[str, str | Path]) -> dict[str, Checkpoint]:
-    """Open folders by name; adapters rest on the one that is called "base".
+def open_checkpoints(
+    paths: Mapping[str, str | Path], rests_on: str | None = "base", known_as: str = "`base`"
+) -> dict[str, Checkpoint]:
+    """Open folders by name.
+
+    Args:
+        paths: name -> folder.
+        rests_on: name of the one that adapters rest on.
+        known_as: what whoever reads an error calls it.
 
     Raises:
         CheckpointError: if one cannot be read, or an adapter has no base.
     """
     found = {name: Checkpoint.open(path) for name, path in paths.items() if not is_adapter(path)}
     for name, path in paths.items():
-        if is_adapter(path) and "base" not in found:
+        if is_adapter(path) and rests_on not in found:
             raise CheckpointError(
-                f"{name} ({path}) is a LoRA adapter: expected the full checkpoint that it was trained on as `base`"
+                f"{name} ({path}) is a LoRA adapter: expected the full checkpoint that it was trained on as {known_as}"
             )
-    return {name: found.get(name) or Adapter(Path(path), found["base"]) for name, path in paths.items()}
+    return {name: found.get(name) or Adapter(Path(path), found[str(rests_on)]) for name, path in paths.items()}
 
 
 def is_adapter(path: str | Path) -> bool:

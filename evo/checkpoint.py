@@ -32,6 +32,10 @@ INTERFACE_FILES = (
 """Files besides the weights that decide what a checkpoint says; a child gets its interface parent's."""
 Cut = tuple[slice | int, ...]
 """An index of a tensor: for its leading dimensions, what to take of each."""
+CONVERT = (
+    "To convert one: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16').save_pretrained(NEW_PATH), "
+    "with the dtype of the others."
+)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 
@@ -209,6 +213,7 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
     """
     (first_name, first), *others = checkpoints.items()
     problems: list[str] = []
+    advice_on_dtypes = ""
     for name, other in others:
         problems += _config_differences(first_name, first, name, other)
         problems += _token_differences(first_name, first, name, other, common_rows)
@@ -226,12 +231,14 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
                     problems.append(f"{tensor}: rows {low} to {high - 1} are in {owner} only. {_COMMON_ROWS}")
             elif here != there:
                 problems.append(f"{tensor}: {here} in {first_name}, {there} in {name}")
+                if entries[0].shape == entries[1].shape:
+                    advice_on_dtypes = f" {CONVERT}"
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(
             f"these checkpoints cannot be merged, {len(problems)} difference(s):\n  {shown}{more}\n"
-            "Expected the same architecture, vocabulary, tensors, shapes and dtypes in all of them."
+            f"Expected the same architecture, vocabulary, tensors, shapes and dtypes in all of them.{advice_on_dtypes}"
         )
 
 

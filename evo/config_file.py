@@ -20,7 +20,7 @@ from evo.config import Config, ConfigError
 from evo.hub import HubError, locate
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS
-from evo.places import Place, at, line_numbers
+from evo.places import Place, at, parse
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
 from search_spaces import SPACES
@@ -44,7 +44,7 @@ def load_config(path: str | Path) -> Config:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     try:
-        data, lines = yaml.safe_load(text), line_numbers(text)
+        data, lines = parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):

@@ -15,12 +15,14 @@ from evo.checkpoint import Checkpoint, check_compatible
 from evo.export import Told, check_target, write_checkpoint
 from evo.hub import HubError, locate, origin
 from evo.mergekit.document import Document
+from evo.mergekit.methods import Base
 from evo.mergekit.reader import to_recipe
 from evo.mergekit.settings import MergekitError
-from evo.places import at, line_numbers
+from evo.places import Place, at, parse
 from search_spaces.recipe import Recipe, Source
 
-_Opener = Callable[[Mapping[str, Path]], dict[str, Checkpoint]]
+_Opener = Callable[[Mapping[str, Path], str | None, str], dict[str, Checkpoint]]
+"""Opens folders by name: told which of them adapters rest on, and what the file calls that."""
 
 
 class RecipeError(ValueError):
@@ -46,10 +48,17 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
         ExportError: if `out` is not empty, is or holds one of the parents, or has no room.
     """
     check_target(out, [], force)  # before anything is downloaded
-    text, data = _load(file)
+    data, lines = _load(file)
     read = _read_mergekit if "merge_method" in data else _read_recipe
     common_rows = common_rows or data.get("vocabulary") == "common"
-    recipe, sources, notes = read(file, text, data, lambda paths: _open(paths, out, force, common_rows))
+
+    def opened(paths: Mapping[str, Path], rests_on: str | None, known_as: str) -> dict[str, Checkpoint]:
+        check_target(out, list(paths.values()), force)
+        found = open_checkpoints(paths, rests_on, known_as)
+        check_compatible(found, common_rows=common_rows)
+        return found
+
+    recipe, sources, notes = read(file, lines, data, opened)
     told = Told.of(recipe, sources)
     told = replace(told, lines=(*notes, *told.lines))
     files = {**told.files, "README.md": merge_card(recipe, out.name, told.lines)}
@@ -57,10 +66,9 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
     return told
 
 
-def _load(file: Path) -> tuple[str, dict[str, Any]]:
+def _load(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
-        text = file.read_text()
-        data = yaml.safe_load(text)
+        data, lines = parse(file.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {file}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
@@ -70,18 +78,18 @@ def _load(file: Path) -> tuple[str, dict[str, Any]]:
             f"{file}: expected a recipe (with the keys version, sources and rules; an export has one) or a file of "
             "mergekit's (with the key merge_method)"
         )
-    return text, data
+    return data, lines
 
 
 def _read_recipe(
-    file: Path, text: str, data: dict[str, Any], opened: _Opener
+    file: Path, lines: Mapping[Place, int], data: dict[str, Any], opened: _Opener
 ) -> tuple[Recipe, dict[str, Checkpoint], list[str]]:
     try:
         recipe = Recipe.from_dict(data)
     except ValueError as error:
         raise RecipeError(f"{file}: {error}") from error
-    paths = _located({name: source.place for name, source in recipe.sources.items()}, file)
-    sources = opened(paths)
+    paths = {name: _located(source.place, file, f"{file}: {name}: ") for name, source in recipe.sources.items()}
+    sources = opened(paths, "base" if "base" in paths else recipe.base, "`base`")
     sources[recipe.interface].written_map()  # an adapter has none
     for name, source in recipe.sources.items():
         if source.digest is not None and sources[name].digest() != source.digest:
@@ -94,38 +102,35 @@ def _read_recipe(
 
 
 def _read_mergekit(
-    file: Path, text: str, data: dict[str, Any], opened: _Opener
+    file: Path, lines: Mapping[Place, int], data: dict[str, Any], opened: _Opener
 ) -> tuple[Recipe, dict[str, Checkpoint], list[str]]:
+    notes: list[str] = []
     try:
         document = Document(data)
-        paths = _located(document.paths, file)
-        sources = opened(paths)
+        notes = document.notes
+        where = {name: at(file, lines, place, "", "mergekit") for name, place in document.places.items()}
+        paths = {name: _located(path, file, where[name]) for name, path in document.paths.items()}
+        known_as = "the first model" if document.dialect.base is Base.IGNORED else "base_model"
+        sources = opened(paths, document.rests_on, known_as)
         sources[document.interface].written_map()
         recipe = to_recipe(document, sources, {name: _source(path) for name, path in paths.items()})
-        return recipe, sources, document.notes
+        return recipe, sources, notes
     except MergekitError as error:
-        raise RecipeError(at(file, line_numbers(text), error.place, str(error), "mergekit")) from None
+        message = at(file, lines, error.place, str(error), "mergekit")
+        raise RecipeError("\n".join([message, *(f"  {note}" for note in notes)])) from None
 
 
-def _located(paths: Mapping[str, str], file: Path) -> dict[str, Path]:
-    """Name -> folder: beside the file if it is there, else from here, else the Hub's."""
-    beside, found = file.resolve().parent, {}
-    for name, path in paths.items():
-        here = Path(path).is_dir() and not (beside / path).is_dir()
-        try:
-            found[name] = Path(path) if here else locate(Path(path), beside)
-        except HubError as error:
-            raise RecipeError(f"{file}: {name}: {error}") from error
-    return found
+def _located(path: str, file: Path, where: str) -> Path:
+    """A folder: beside the file if it is there, else from here, else the Hub's."""
+    beside = file.resolve().parent
+    if Path(path).is_dir() and not (beside / path).is_dir():
+        return Path(path)
+    try:
+        return locate(Path(path), beside)
+    except HubError as error:
+        raise RecipeError(f"{where}{error}") from error
 
 
 def _source(folder: Path, digest: str | None = None) -> Source:
     place, revision = origin(folder)
     return Source(place, digest, revision)
-
-
-def _open(paths: Mapping[str, Path], out: Path, force: bool, common_rows: bool) -> dict[str, Checkpoint]:
-    check_target(out, list(paths.values()), force)
-    sources = open_checkpoints(paths)
-    check_compatible(sources, common_rows=common_rows)
-    return sources

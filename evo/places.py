@@ -4,31 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 Place = tuple[str, ...]
 """Keys, and positions in lists, that lead to a value."""
 
 
-def line_numbers(text: str) -> dict[Place, int]:
-    """Place -> line, from 1."""
+def parse(text: str) -> tuple[Any, dict[Place, int]]:
+    """What a YAML text says, and the line, from 1, of every value. Keys are text, and each is there once.
+
+    Raises:
+        yaml.YAMLError: saying where the text is none, or says what nobody can have meant.
+    """
+    return yaml.load(text, Loader=_Loader), _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what PyYAML reads without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError for keys that are no text, or there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.tag != "tag:yaml.org,2002:str":
+                what = getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                raise ConstructorError(
+                    None, None, f"expected text as a key, got {what} (put it in quotes)", key.start_mark
+                )
+            if key.value in seen:
+                raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _line_numbers(root: yaml.Node | None) -> dict[Place, int]:
     lines: dict[Place, int] = {}
 
-    def visit(node: yaml.Node, place: Place) -> None:
+    def visit(node: yaml.Node, place: Place, inside: tuple[yaml.Node, ...]) -> None:
+        if node in inside:
+            raise ConstructorError(None, None, "an anchor that is part of itself", node.start_mark)
         lines.setdefault(place, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 inner = (*place, str(key.value))
                 lines[inner] = key.start_mark.line + 1
-                visit(value, inner)
+                visit(value, inner, (*inside, node))
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):
-                visit(value, (*place, str(i)))
+                visit(value, (*place, str(i)), (*inside, node))
 
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None:
-        visit(root, ())
+        visit(root, (), ())
     return lines
 
 

@@ -19,6 +19,8 @@ import yaml
 from search_spaces.layout import Layout, Part, Role
 
 RECIPE_VERSION = 1
+LARGEST = 3.4e38
+"""Magnitude of a coefficient."""
 
 Cell = tuple[Role, int | None, int | None]
 """Role, block and expert of parts."""
@@ -65,6 +67,11 @@ class Rule:
     """Names of tensors, with * for any characters, e.g. "*.q_proj.weight", where roles are too coarse."""
     knobs: Mapping[str, float] = field(default_factory=dict)
     """Further arguments of the method, as "density", or as "density:DONOR" for one donor."""
+
+    def __post_init__(self) -> None:
+        for name, coefficient in self.coefficients.items():
+            if not abs(coefficient) <= LARGEST:
+                raise ValueError(f"coefficient of {name}: expected a number that float32 has, got {coefficient!r}")
 
     def cells(self, sites: Sites) -> Iterator[Cell]:
         """The addresses of a layout that this rule selects."""

@@ -16,8 +16,10 @@ from evo.mergekit.writer import CannotSayError, write_mergekit
 from search_spaces.block import block
 from search_spaces.expert import expert
 from search_spaces.grouped import Ingredients
+from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import make_checkpoint
+from tests.test_adapter import make_adapter
 
 N_LAYERS = 3
 
@@ -74,7 +76,6 @@ class TestSettings:
             ([0.0, 1.0], 0.25, 0.25),
             ([0.0, 0.5, 0.3], 0.75, 0.4),
             ([0.2, 0.8], 1.0, 0.8),
-            ([True, False, True], 0.6, 0.0),  # truth values are not interpolated
             ([{"filter": "attn", "value": [0, 1]}, {"value": 0.9}], 0.5, 0.5),
             ([{"filter": "mlp", "value": 0.1}, {"value": 0.9}], 0.5, 0.9),
             ([{"filter": "*", "value": 0.1}, {"filter": "attn", "value": 0.9}], 0.5, 0.1),
@@ -83,6 +84,11 @@ class TestSettings:
     )
     def test_value_at_a_depth(self, setting, t, expected):
         assert evaluate(setting, "layers.1.self_attn.q_proj.weight", t) == pytest.approx(expected)
+
+    @pytest.mark.parametrize("points", [[True, False, True], [1, 0, 1], ["true", "false", "True"], [1.0, 0.0, "1"]])
+    def test_truth_values_are_those_of_the_point_before(self, points):
+        assert [evaluate(points, "x", t, truth=True) for t in (0.0, 0.4, 0.6, 1.0)] == [1.0, 1.0, 0.0, 1.0]
+        assert evaluate([True, 0.5], "x", 0.5) == 0.75  # a number, however it is written
 
 
 class TestReader:
@@ -212,6 +218,65 @@ tokenizer_source: a
         assert any("int8_mask: ignored" in line for line in told.lines)
         assert any("wieght: ignored" in line and "did you mean 'weight'" in line for line in told.lines)
 
+    def test_truth_values_over_the_layers(self, merged, models):
+        out = merged("""
+merge_method: task_arithmetic
+base_model: base
+models:
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: 3}}
+parameters: {normalize: [1, 0]}
+""")
+
+        def value(n, i, base, a, b):
+            factor = 1.0 if i == N_LAYERS - 1 else 0.25
+            return base + factor * (a - base) + 3 * factor * (b - base)
+
+        expect(out, models, value)
+
+    def test_a_base_that_all_slices_name_is_the_files(self, merged, models):
+        out = merged("""
+merge_method: task_arithmetic
+slices:
+  - {base_model: b, sources: [{model: b, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]}
+  - {base_model: b, sources: [{model: b, layer_range: [2, 3]}, {model: a, layer_range: [2, 3]}]}
+parameters: {weight: 0.25}
+""")
+        expect(out, models, lambda n, i, base, a, b: b + 0.25 * (a - b))
+
+    @pytest.mark.parametrize(
+        ("text", "note"),
+        [
+            ("models: [{model: a, weight: 0.3}]", "models.0.weight: ignored, as mergekit does: it belongs under param"),
+            ("models: [{model: a, layer_range: [0, 1]}]", "models.0.layer_range: ignored"),
+            ("models: [{model: a}]\nlambda: 2", "lambda: ignored, as mergekit does: it belongs under parameters"),
+            ("models: [{model: base, parameters: {weight: 3}}, {model: a}]", "the base_model has none"),
+            ("models: [{model: a, parameters: {weight: [{filter: self_atn, value: 0.1}, {value: 0.5}]}}]",
+             "models.0.parameters.weight.0: no tensor's name has 'self_atn' in it"),
+            ("models: [{model: a, parameters: {weight: [{value: 0.5}, {filter: mlp, value: 0.1}]}}]",
+             "models.0.parameters.weight.1: never asked"),
+            ("models: [{model: a}]\ntokenizer_source: union", "union is read as base"),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_used_is_said(self, models, tmp_path, text, note):
+        head = "merge_method: task_arithmetic\nbase_model: base\nx-mine: 3\nparameters: {weight: 0.5}\n"
+        (models / "recipe.yaml").write_text(head + text)
+        lines = merge(models / "recipe.yaml", tmp_path / "out").lines
+        assert any(note in line for line in lines) and not any("x-mine" in line for line in lines)
+
+    def test_adapters_rest_on_the_base_model(self, models, merged):
+        """Also where another model is called "base"."""
+        make_adapter(models / "lora", models / "b", 5, target_modules=["q_proj"])
+        text = "merge_method: task_arithmetic\nbase_model: b\nparameters: {weight: 1.0}\nmodels:\n- {model: lora}\n"
+        alone = merged(text)
+        beside = merged(text + "- {model: base, parameters: {weight: 0.0}}\n")
+        b = tensors(models / "b")
+        assert not torch.equal(
+            alone["model.layers.0.self_attn.q_proj.weight"], b["model.layers.0.self_attn.q_proj.weight"]
+        )
+        assert torch.equal(alone["model.norm.weight"], b["model.norm.weight"])
+        assert all(torch.allclose(alone[name], beside[name], atol=1e-7) for name in b)
+
     def test_few_rules_say_it(self, models, tmp_path):
         (models / "recipe.yaml").write_text("""
 merge_method: slerp
@@ -253,7 +318,24 @@ class TestRefused:
                 "  - {model: b, layer_range: [1, 4]}",
                 5, "slices.0.sources.1.layer_range", "same layer of the others",
             ),
-            (f"merge_method: linear\n{MODELS}\ntokenizer_source: union", 3, "tokenizer_source", "the same as base"),
+            (f"merge_method: linear\n{MODELS}\ntokenizer_source: a\ntokenizer: {{source: a}}", 4, "tokenizer",
+             "got both"),
+            (f"merge_method: linear\n{MODELS}\ntokenizer: base", 3, "tokenizer", "tokenizer_source: MODEL"),
+            ("merge_method: TIES", 1, "merge_method", "did you mean 'ties'"),
+            ("merge_method: [ties]", 1, "merge_method", "did you mean 'ties'"),
+            ("merge_method: linear\nmodels: [a, b]", 2, "models", "- model: FOLDER"),
+            ("merge_method: linear\nmodels:\n- {model: nowhere_at_all}", 3, "models.0.model", "no checkpoint folder"),
+            ("merge_method: ties\nbase_model: ''", 2, "base_model", "expected a folder"),
+            *((f"merge_method: linear\n{MODELS}\nparameters: {{weight: {bad}}}", 3, "parameters.weight", "a number")
+              for bad in (".nan", ".inf", "1e39", "nan")),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{normalize: 0.5}}", 3, "parameters.normalize",
+             "expected true or false"),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{int8_mask: maybe}}", 3, "parameters.int8_mask",
+             "expected true or false"),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{weight: [{{filter: [mlp], value: 1}}]}}", 3,
+             "parameters.weight.0.filter", "several entries"),
+            ("merge_method: slerp\nbase_model: a\nmodels: [{model: b, parameters: {t: 0.3}}]", 1, "parameters",
+             "models.0.parameters.t: ignored, as mergekit does: it belongs to all models"),
             (f"merge_method: linear\n{MODELS}\ndtype: float16", 3, "dtype", "expected out_dtype: float32"),
             (f"merge_method: linear\n{MODELS}\nparameters:\n  normalize: false", 2, "models.0.parameters.weight",
              "sum to 2 with normalize: false"),
@@ -277,9 +359,22 @@ class TestRefused:
         assert message.startswith(f"{line}: {place}: "), message
         assert words in message
 
-    @pytest.mark.parametrize("text", ["[]", "a: 1", "{", "--- {}\n--- {}", "version: 2", "version: 1\nsources: []"])
-    def test_files_that_are_no_recipe(self, merged, text):
-        with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            *((text, "") for text in ("[]", "a: 1", "{", "--- {}\n--- {}", "version: 2", "version: 1\nsources: []")),
+            ("merge_method: linear\nmerge_method: ties", "the key 'merge_method' is there twice"),
+            ("merge_method: linear\n1: 2", "expected text as a key, got 1"),
+            ("merge_method: linear\nmodels: &m [*m]", "an anchor that is part of itself"),
+            (
+                "{version: 1, base: a, interface: a, sources: {a: {path: a}, b: {path: b}}, "
+                "rules: [{method: linear, coefficients: {b: .nan}}]}",
+                "coefficient of b: expected a number",
+            ),
+        ],
+    )
+    def test_files_that_are_no_recipe(self, merged, text, words):
+        with pytest.raises(RecipeError, match=rf"recipe\.yaml[\S\s]*{words}"):
             merged(text)
 
 
@@ -337,6 +432,14 @@ class TestWriter:
         assert all(
             torch.equal(merged(text)[name], t) for name, t in Materializer(checkpoints).stream(recipe) if "norm" in name
         )
+
+    def test_passthrough_scales_one_model(self, models, merged):
+        rules = (Rule("passthrough", {"a": 1.0}, roles=(Role.FFN,), knobs={"scale": 0.5}),)
+        recipe = Recipe({"a": Source(str(models / "a"))}, "a", "a", rules)
+        text, _ = write_mergekit(recipe, {"a": Checkpoint.open(models / "a")})
+        a = tensors(models / "a")
+        for name, tensor in merged(text).items():
+            assert torch.equal(tensor, 0.5 * a[name] if "mlp" in name else a[name])
 
     def test_interface_and_dtype_are_kept(self, models):
         recipe = of_space(models, "ties")

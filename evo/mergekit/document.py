@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "modules", "name",
 }  # fmt: skip
+_OF_MODELS, _OF_SOURCES = ("model", "parameters"), ("model", "layer_range", "parameters")
+_OF_SLICES = ("sources", "base_model", "parameters")
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -54,13 +56,16 @@ class Document:
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        self.notes: list[str] = [f"{key}: ignored{_did_you_mean(key, _KEYS)}" for key in data if key not in _KEYS]
+        self.notes: list[str] = []
+        """What the file says and is not used."""
         self.paths: dict[str, str] = {}
         """Name -> model as the file has it."""
+        self.places: dict[str, Place] = {}
+        """Name -> where the file names it first."""
         self.method: str = _known_method(data["merge_method"])
         self.dialect: Dialect = DIALECTS[self.method]
-        base = data.get("base_model")
-        self.base_model = None if base is None else self._name(base, ("base_model",))
+        self._note_unknown(data, _KEYS, ())
+        self.base_model = self._base_model(data)
         self.base = None if self.dialect.base is Base.IGNORED else self.base_model
         self.shared = self._parameters(data, ())
         self.slices = tuple(self._slices(data))
@@ -70,12 +75,35 @@ class Document:
         self._check_slices()
         self._check_parameters()
 
+    @property
+    def rests_on(self) -> str | None:
+        """What adapters among the models were trained on: our recipe's base, unless the file has another."""
+        return self.origin if self.base_model in (None, self.origin) else None
+
+    def _base_model(self, data: Mapping[str, Any]) -> str | None:
+        """The file's, or what all slices have as theirs."""
+        if (base := data.get("base_model")) is not None:
+            return self._name(base, ("base_model",))
+        slices = data.get("slices")
+        found = [s.get("base_model") for s in slices if isinstance(s, dict)] if isinstance(slices, list) else []
+        if found and found[0] is not None and all(model == found[0] for model in found):
+            return self._name(found[0], ("slices", "0", "base_model"))
+        return None
+
+    def _note_unknown(self, data: Mapping[str, Any], known: Collection[str], place: Place) -> None:
+        """What is said of keys that nobody reads; those that begin with x- hold anchors."""
+        for key in data:
+            if key not in known and not key.startswith("x-"):
+                belongs = key in self.dialect.shared or key in self.dialect.own
+                why = ", as mergekit does: it belongs under parameters" if belongs else _did_you_mean(key, known, 0.75)
+                self.notes.append(f"{'.'.join((*place, key))}: ignored{why}")
+
     def _name(self, model: Any, place: Place) -> str:
         if isinstance(model, dict) and isinstance(model.get("model"), dict | str) and set(model) == {"model"}:
             model = model["model"]
         if isinstance(model, dict) and set(model) <= {"path", "revision"} and "path" in model:
             model = "@".join(str(part) for part in (model["path"], model.get("revision")) if part)
-        if not isinstance(model, str):
+        if not isinstance(model, str) or not model.strip():
             raise MergekitError(place, f"expected a folder or the name of a model, got {model!r}")
         if "+" in model:
             raise MergekitError(
@@ -86,9 +114,10 @@ class Document:
             if path == model:
                 return name
         stem = re.sub(r"\W", "_", model.rstrip("/").rpartition("/")[2].partition("@")[0]).strip("_") or "model"
-        names = (stem if i == 1 else f"{stem}_{i}" for i in range(1, len(self.paths) + 2))
-        name = next(name for name in names if name not in self.paths)
-        self.paths[name] = model
+        names = (stem if i == 1 else f"{stem}_{i}" for i in range(1, len(self.paths) + 3))
+        taken = {*self.paths, "base"} if self.paths else set()  # whoever is called so is what adapters rest on
+        name = next(name for name in names if name not in taken)
+        self.paths[name], self.places[name] = model, place
         return name
 
     def _parameters(self, data: Mapping[str, Any], place: Place) -> Parameters:
@@ -106,11 +135,12 @@ class Document:
             raise MergekitError((), f"expected one of models and slices, got {' and '.join(given) or 'neither'}")
         entries = data[given[0]]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise MergekitError((given[0],), "expected a list")
+            what = "- model: FOLDER" if given == ["models"] else "- sources: [...]"
+            raise MergekitError((given[0],), f"expected a list, each entry of which is like {what}")
         if given == ["models"]:
-            inputs = [self._input(entry, ("models", str(i))) for i, entry in enumerate(entries)]
+            inputs = [self._input(entry, ("models", str(i)), _OF_MODELS) for i, entry in enumerate(entries)]
             if self.base_model is not None and self.base_model not in [i.name for i in inputs]:
-                inputs.append(Input(self.base_model, Parameters({}, ("base_model",)), ("base_model",)))
+                inputs.append(Input(self.base_model, Parameters({}, ("base_model", "parameters")), ("base_model",)))
             yield Slice(tuple(inputs), None, Parameters({}, ()))
             return
         for k, entry in enumerate(entries):
@@ -120,6 +150,7 @@ class Document:
         sources = entry.get("sources")
         if not isinstance(sources, list) or not sources or not all(isinstance(s, dict) for s in sources):
             raise MergekitError(place, "expected sources, a list of models with a layer_range")
+        self._note_unknown(entry, _OF_SLICES, place)
         if "base_model" in entry and self._name(entry["base_model"], (*place, "base_model")) != self.base_model:
             raise MergekitError((*place, "base_model"), "a base of a slice's own is not here; the nearest is one "
                                 "file for each base_model")  # fmt: skip
@@ -127,17 +158,18 @@ class Document:
         for i, layers in enumerate(ranges):
             if not isinstance(layers, list) or len(layers) != 2 or not all(isinstance(end, int) for end in layers):
                 where = (*place, "sources", str(i), "layer_range")
-                raise MergekitError(where, f"expected [FROM, TO], got {layers!r}")
+                raise MergekitError(where, f"expected [FROM, TO], two whole numbers, got {layers!r}")
             if layers != ranges[0]:
                 where = (*place, "sources", str(i), "layer_range")
                 raise MergekitError(where, f"layers {layers} would be merged with layers {ranges[0]} of another model;"
                                     " here a layer is merged with the same layer of the others only")  # fmt: skip
-        inputs = [self._input(source, (*place, "sources", str(i))) for i, source in enumerate(sources)]
+        inputs = [self._input(source, (*place, "sources", str(i)), _OF_SOURCES) for i, source in enumerate(sources)]
         return Slice(tuple(inputs), tuple(ranges[0]), self._parameters(entry, place))
 
-    def _input(self, entry: Mapping[str, Any], place: Place) -> Input:
+    def _input(self, entry: Mapping[str, Any], place: Place, known: Collection[str]) -> Input:
         if "model" not in entry:
             raise MergekitError(place, "the key 'model' is missing")
+        self._note_unknown(entry, known, place)
         return Input(self._name(entry["model"], (*place, "model")), self._parameters(entry, place), place)
 
     def _check_slices(self) -> None:
@@ -158,7 +190,8 @@ class Document:
             ):
                 if not low <= n <= high:
                     wanted = low if low == high else f"at least {low}" if n < low else f"at most {high}"
-                    raise MergekitError(place, f"{self.method}: expected {wanted} {what}, got {n}")
+                    listed = ", ".join(self.paths[name] for name in names)
+                    raise MergekitError(place, f"{self.method}: expected {wanted} {what}, got {n} ({listed})")
             if s.layers is not None and s.layers[0] != end:
                 raise MergekitError(
                     (*place, "sources", "0", "layer_range"),
@@ -168,33 +201,43 @@ class Document:
             end = s.layers[1] if s.layers else end
 
     def _check_parameters(self) -> None:
-        known = {*self.dialect.shared, *self.dialect.own}
-        places = [(self.shared, known), *((s.shared, known) for s in self.slices)]
-        places += [(i.own, set(self.dialect.own)) for s in self.slices for i in s.inputs]
-        for parameters, here in places:
+        known = {**self.dialect.shared, **self.dialect.own}
+        inputs, slices = [i for s in self.slices for i in s.inputs], [s.shared for s in self.slices]
+        scopes: list[tuple[Parameters, Mapping[str, Any]]] = [(p, known) for p in (self.shared, *slices)]
+        scopes += [(i.own, {} if i.name == self.base else self.dialect.own) for i in inputs]
+        for parameters, here in scopes:
             for name, setting in parameters.settings.items():
                 where = (*parameters.place, name)
-                if name in here:
-                    check(setting, where)
-                elif name in known:
-                    self.notes.append(f"{'.'.join(where)}: ignored, as mergekit does: it belongs to all models")
-                else:
-                    what = "about memory only" if name == "int8_mask" else f"no parameter of {self.method}"
-                    self.notes.append(f"{'.'.join(where)}: ignored: {what}{_did_you_mean(name, known)}")
+                if name in here or name == "int8_mask":
+                    check(setting, where, truth=isinstance(here.get(name, False), bool))
+                if name not in here:
+                    self.notes.append(f"{'.'.join(where)}: ignored{self._why_ignored(name, known)}")
+
+    def _why_ignored(self, name: str, known: Collection[str]) -> str:
+        if name == "int8_mask":
+            return ": about memory only"
+        if name in self.dialect.own:
+            return ", as mergekit does: the base_model has none"
+        if name in known:
+            return ", as mergekit does: it belongs to all models"
+        return f": no parameter of {self.method}{_did_you_mean(name, known)}"
 
     def _interface(self, data: Mapping[str, Any]) -> str:
         default = self.base_model or self.slices[0].inputs[0].name
         source, place = data.get("tokenizer_source"), ("tokenizer_source",)
         if (tokenizer := data.get("tokenizer")) is not None:
             place = ("tokenizer",)
+            if source is not None:
+                raise MergekitError(place, "expected this or tokenizer_source, got both")
             if not isinstance(tokenizer, dict) or not set(tokenizer) <= {"source"}:
-                raise MergekitError(place, "only a source is read here: vocabularies must be equal already")
+                raise MergekitError(place, "only {source: MODEL} is read here, which is tokenizer_source: MODEL; "
+                                    "vocabularies must be equal already")  # fmt: skip
             source = tokenizer.get("source")
         if data.get("chat_template"):
             raise MergekitError(("chat_template",), "not here; edit chat_template.jinja in the result instead")
         if source == "union":
-            raise MergekitError(place, "union is not here: vocabularies must be equal, and then it is the same as base")
-        return default if source in (None, "base") else self._name(source, place)
+            self.notes.append(f"{place[0]}: union is read as base: of equal vocabularies it is the same")
+        return default if source in (None, "base", "union") else self._name(source, place)
 
     def _dtype(self, data: Mapping[str, Any]) -> tuple[str, Place] | None:
         """What is asked for of the files, as safetensors writes it. Merging is in float32 whatever is asked."""
@@ -207,12 +250,12 @@ class Document:
 
 
 def _known_method(name: Any) -> str:
-    if name in DIALECTS:
-        return str(name)
-    hint = "; the nearest is ram" if name == "ramplus_tl" else _did_you_mean(str(name), DIALECTS)
+    if isinstance(name, str) and name in DIALECTS:
+        return name
+    hint = "; the nearest is ram" if name == "ramplus_tl" else _did_you_mean(str(name).lower(), DIALECTS)
     raise MergekitError(("merge_method",), f"{name!r} is not here: expected one of {', '.join(DIALECTS)}{hint}")
 
 
-def _did_you_mean(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def _did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -59,7 +59,7 @@ class Dialect:
     """Raises CannotSayError."""
     base: Base = Base.REQUIRED
     shared: Mapping[str, float | None] = field(default_factory=dict)
-    """Parameter -> default."""
+    """Parameter -> default; a parameter whose default is a truth value is one."""
     own: Mapping[str, float | None] = field(default_factory=dict)
     """The same, of each model."""
     n_inputs: tuple[int, int] = (1, 1000)
@@ -116,9 +116,9 @@ def _slerp(merge: Merge) -> Said:
 
 
 def _nuslerp(merge: Merge) -> Said:
-    if merge.shared["nuslerp_row_wise"] or not merge.shared["nuslerp_flatten"]:
+    if not merge.shared["nuslerp_flatten"]:  # else nobody asks for rows
         raise CannotSayError(
-            "slerp of single rows is not here; the nearest is nuslerp_flatten: true", "nuslerp_flatten"
+            "slerp of single rows or columns is not here; the nearest is nuslerp_flatten: true", "nuslerp_flatten"
         )
     (_, w), (other, v) = merge.each("weight").items()
     t = 0.5 if abs(w + v) < 1e-6 else v / (w + v)
@@ -167,37 +167,37 @@ def _but(weights: dict[str, float], origin: str) -> dict[str, float]:
     return others or {origin: 1.0}
 
 
-_TASK_VECTORS = {"normalize": 0.0, "rescale": 0.0, "lambda": 1.0}
+_TASK_VECTORS = {"normalize": False, "rescale": False, "lambda": 1.0}
 _WEIGHT = {"weight": REQUIRED}
 _SPARSE = {**_WEIGHT, "density": 1.0}
 _PAIR = (2, 2)
 
 DIALECTS: dict[str, Dialect] = {
-    "linear": Dialect(_linear, Base.IGNORED, {"normalize": 1.0}, _WEIGHT),
+    "linear": Dialect(_linear, Base.IGNORED, {"normalize": True}, _WEIGHT),
     "task_arithmetic": Dialect(_task_arithmetic, shared=_TASK_VECTORS, own=_WEIGHT),
-    "ties": Dialect(_without_rescale, shared={**_TASK_VECTORS, "normalize": 1.0}, own=_SPARSE),
-    "dare_linear": Dialect(_with_rescale, shared={**_TASK_VECTORS, "rescale": 1.0}, own=_SPARSE),
-    "dare_ties": Dialect(_with_rescale, shared={**_TASK_VECTORS, "rescale": 1.0}, own=_SPARSE),
+    "ties": Dialect(_without_rescale, shared={**_TASK_VECTORS, "normalize": True}, own=_SPARSE),
+    "dare_linear": Dialect(_with_rescale, shared={**_TASK_VECTORS, "rescale": True}, own=_SPARSE),
+    "dare_ties": Dialect(_with_rescale, shared={**_TASK_VECTORS, "rescale": True}, own=_SPARSE),
     "della": Dialect(
         _with_rescale,
-        shared={**_TASK_VECTORS, "rescale": 1.0, "normalize": 1.0},
+        shared={**_TASK_VECTORS, "rescale": True, "normalize": True},
         own={**_SPARSE, "epsilon": 0.15},
     ),
-    "della_linear": Dialect(_with_rescale, shared={**_TASK_VECTORS, "rescale": 1.0}, own={**_SPARSE, "epsilon": 0.15}),
+    "della_linear": Dialect(_with_rescale, shared={**_TASK_VECTORS, "rescale": True}, own={**_SPARSE, "epsilon": 0.15}),
     "breadcrumbs": Dialect(_without_rescale, shared=_TASK_VECTORS, own={**_SPARSE, "gamma": 0.01}),
     "breadcrumbs_ties": Dialect(_without_rescale, shared=_TASK_VECTORS, own={**_SPARSE, "gamma": 0.01}),
     "slerp": Dialect(_slerp, shared={"t": REQUIRED}, n_inputs=_PAIR),
     "nuslerp": Dialect(
         _nuslerp,
         Base.OPTIONAL,
-        {"nuslerp_row_wise": 0.0, "nuslerp_flatten": 1.0},
+        {"nuslerp_row_wise": False, "nuslerp_flatten": True},
         _WEIGHT,
         n_donors=(2, 2),
     ),
-    "multislerp": Dialect(_multislerp, Base.OPTIONAL, {"normalize_weights": 1.0}, _WEIGHT),
+    "multislerp": Dialect(_multislerp, Base.OPTIONAL, {"normalize_weights": True}, _WEIGHT),
     "karcher": Dialect(_karcher, Base.IGNORED, {"max_iter": 10.0, "tol": 1e-5}),
     "sce": Dialect(_whole, shared={"select_topk": 1.0}),
-    "model_stock": Dialect(_whole, shared={"filter_wise": 0.0}, n_inputs=(3, 1000)),
+    "model_stock": Dialect(_whole, shared={"filter_wise": False}, n_inputs=(3, 1000)),
     "nearswap": Dialect(_whole, shared={"t": REQUIRED}, n_inputs=_PAIR),
     "arcee_fusion": Dialect(_whole, n_inputs=_PAIR),
     "ram": Dialect(_whole, shared={"epsilon": 1e-5}),

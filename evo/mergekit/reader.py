@@ -12,7 +12,7 @@ from evo.encodings.plain import Plain
 from evo.merge import get_method
 from evo.mergekit.document import Document, Parameters, Slice
 from evo.mergekit.methods import CannotSayError, Merge
-from evo.mergekit.settings import MergekitError, Place, evaluate
+from evo.mergekit.settings import MergekitError, Place, evaluate, idle
 from search_spaces.layout import Layout, Part, Role
 from search_spaces.recipe import Recipe, Rule, Source, assign
 
@@ -40,8 +40,16 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
             where, f"the slices end at layer {layers[1]}, the models at {layout.n_blocks}: layers are neither left out "
             "nor repeated here",
         )  # fmt: skip
+    _note_idle_filters(document, [part.tensor for part in layout.parts])
     tensors = [_Tensor(part, _say(document, part, layout.n_blocks)) for part in layout.parts]
     return Recipe(named, document.origin, document.interface, _rules(tensors, layout))
+
+
+def _note_idle_filters(document: Document, tensors: Sequence[str]) -> None:
+    scopes = [document.shared, *(p for s in document.slices for p in (s.shared, *(i.own for i in s.inputs)))]
+    for scope in scopes:
+        for name, setting in scope.settings.items():
+            document.notes += [f"{'.'.join((*scope.place, name, i))}: {why}" for i, why in idle(setting, tensors)]
 
 
 def _check_dtype(document: Document, origin: Checkpoint) -> None:
@@ -96,13 +104,17 @@ def _slice_of(document: Document, part: Part, n_blocks: int) -> tuple[Slice, flo
 
 
 def _value(name: str, default: float | None, scopes: list[Parameters], tensor: str, t: float) -> float:
+    truth = isinstance(default, bool)
     for scope in scopes:
-        if name in scope.settings and (value := evaluate(scope.settings[name], tensor, t)) is not None:
+        if name in scope.settings and (value := evaluate(scope.settings[name], tensor, t, truth=truth)) is not None:
             return value
     if default is None:
         place = next(scope.place for scope in scopes if scope.place)
-        raise MergekitError(place, f"{name} is missing for {tensor}")
-    return default
+        raise MergekitError(
+            place, f"{name} is missing for {tensor}: expected {name} under parameters, and where it has filters "
+            "an entry without one behind them",
+        )  # fmt: skip
+    return float(default)
 
 
 def _place_of(parameter: str, document: Document, within: Slice) -> Place:

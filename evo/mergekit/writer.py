@@ -137,7 +137,7 @@ def _has_base(context: _Context) -> bool:
     """Whether mergekit's base_model is the recipe's base, rather than no part of the merge."""
     if context.method in ("nuslerp", "multislerp"):
         return context.seen_from_base
-    return context.method not in ("linear", "karcher")
+    return context.method not in ("linear", "karcher", "passthrough")
 
 
 def _model(recipe: Recipe, name: str, tensors: Mapping[str, _Tensor]) -> dict[str, Any]:
@@ -229,6 +229,12 @@ def _whole(context: _Context, c: Mapping[str, float], knobs: Mapping[str, float]
     return _Tensor({}, {name: bool(v) if name == "filter_wise" else v for name, v in knobs.items()})
 
 
+def _passthrough(context: _Context, c: Mapping[str, float], knobs: Mapping[str, float], _: Any) -> _Tensor:
+    if c:
+        raise CannotSayError(f"mergekit's passthrough scales the tensors of one model, this recipe has {1 + len(c)}")
+    return _Tensor({context.base: {"scale": knobs["scale"]}}, {})
+
+
 _SPEAKERS: dict[str, Callable[..., _Tensor]] = {
     "linear": _linear,
     **dict.fromkeys(
@@ -239,6 +245,7 @@ _SPEAKERS: dict[str, Callable[..., _Tensor]] = {
     "nuslerp": _spherical,
     "multislerp": _spherical,
     "karcher": _karcher,
+    "passthrough": _passthrough,
     **dict.fromkeys(("sce", "model_stock", "nearswap", "arcee_fusion", "ram"), _whole),
 }  # fmt: skip
 """Method -> what mergekit is told of a tensor; raises CannotSayError."""
