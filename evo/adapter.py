@@ -17,13 +17,18 @@ from typing import Any
 import torch
 
 from evo.checkpoint import Checkpoint, CheckpointError, Cut, read_header, read_json
+from evo.copies import tied_heads
 from evo.encodings import Entry, TensorHeader
 from evo.encodings.low_rank import MAX_RANK, LowRank, fixed_point
+from evo.encodings.plain import DTYPES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$")
 _FULL = re.compile(r"\.(modules_to_save(\.default)?|base_layer)\.")  # weights that are saved in full
+_MERGE_FIRST = "PeftModel.from_pretrained(BASE, PATH).merge_and_unload().save_pretrained(NEW_PATH)"
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Values of init_lora_weights with which peft takes a first product off the base's weights."""
 _REFUSED = {
     "use_dora": "DoRA, whose difference is not of low rank",
     "layer_replication": "replicated layers",
@@ -122,10 +127,15 @@ class Adapter(Checkpoint):
                 f"{path}: {key} belongs to no tensor of the base {self._base.path}. Expected factors lora_A and lora_B "
                 "of its weights, or weights that replace its own; is this the base that the adapter was trained on?"
             )
-        if match:
-            self._factors.setdefault(name, {})[match["side"]] = key
-        else:
-            self._replaced[name] = key
+        if name in tied_heads(self._base):
+            raise CheckpointError(
+                f"{path}: {key} changes a head that is tied to the embedding in {self._base.path}. Merge the adapter "
+                f"into its base first: {_MERGE_FIRST}"
+            )
+        found, side = (self._factors.setdefault(name, {}), match["side"]) if match else (self._replaced, name)
+        if side in found:
+            raise CheckpointError(f"{path}: {key} and {found[side]} are about the same weight; expected one of them")
+        found[side] = key
 
     def _find_entries(self) -> dict[str, Entry]:
         return {name: self._entry(name, entry) for name, entry in self._base.entries.items()}
@@ -146,7 +156,10 @@ class Adapter(Checkpoint):
 
     def _check_factors(self, name: str, shape: tuple[int, ...]) -> int:
         """Rank of a difference."""
-        shapes = {side: self.headers[key].shape for side, key in self._factors[name].items()}
+        headers = {side: self.headers[key] for side, key in self._factors[name].items()}
+        if odd := [h.dtype for h in headers.values() if h.dtype not in DTYPES]:
+            raise CheckpointError(f"{self.path}: expected factors of floats for {name}, got {odd[0]}")
+        shapes = {side: header.shape for side, header in headers.items()}
         if len(shape) == 2 and shapes.keys() == {"A", "B"} and len(shapes["A"]) == len(shapes["B"]) == 2:
             rank, n_in = shapes["A"]
             fits = (n_in, shapes["B"][0]) == (shape if self._is_transposed(name) else shape[::-1])
@@ -167,8 +180,8 @@ class Adapter(Checkpoint):
         if rank != expected:
             raise CheckpointError(f"{self.path}: {module} has rank {rank}, but {CONFIG_FILE} says {expected}")
         alpha = _by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha"))
-        if not isinstance(alpha, int | float):
-            raise CheckpointError(f"{self.path / CONFIG_FILE}: expected a number lora_alpha, got {alpha!r}")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise CheckpointError(f"{self.path / CONFIG_FILE}: expected a finite number lora_alpha, got {alpha!r}")
         return float(alpha / math.sqrt(rank) if self._settings.get("use_rslora") else alpha / rank)
 
 
@@ -181,14 +194,22 @@ def _settings(path: Path) -> dict[str, Any]:
         if settings.get(key):
             raise CheckpointError(
                 f"{path / CONFIG_FILE}: {key}: {what}, cannot be merged as an adapter. Merge it into its base first: "
-                "PeftModel.from_pretrained(BASE, PATH).merge_and_unload().save_pretrained(NEW_PATH)"
+                f"{_MERGE_FIRST}"
             )
+    if str(settings.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+        raise CheckpointError(
+            f"{path / CONFIG_FILE}: init_lora_weights {settings['init_lora_weights']!r} changes the base, so the "
+            f"difference is not the product alone. Merge it into its base first: {_MERGE_FIRST}"
+        )
     return settings
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that the end of a module's name matches."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise CheckpointError(f"{CONFIG_FILE}: {pattern!r} is no pattern for names: {error}") from None
     return default

@@ -27,11 +27,14 @@ SINGLE_FILE = "model.safetensors"
 INTERFACE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "tekken.json", "spiece.model",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """Files besides the weights that decide what a checkpoint says; a child gets its interface parent's."""
 Cut = tuple[slice | int, ...]
 """An index of a tensor: for its leading dimensions, what to take of each."""
+_SAME_WHERE_GIVEN = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+"""Keys of config.json that say what weights of the same shapes mean."""
 CONVERT = (
     "To convert one: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16').save_pretrained(NEW_PATH), "
     "with the dtype of the others."
@@ -71,6 +74,11 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"no checkpoint at {path}: expected a folder with safetensors files")
+        if (path / INDEX_FILE).is_file() and (path / SINGLE_FILE).is_file():
+            raise CheckpointError(
+                f"{path} holds both {SINGLE_FILE}, which transformers would read, and {INDEX_FILE} with its shards: "
+                "expected one of them. Move the other away."
+            )
         if (path / INDEX_FILE).is_file():
             weight_map = _read_index(path)
             return cls(path, weight_map, _headers_of(path, weight_map))
@@ -184,6 +192,14 @@ class Checkpoint:
         data = read_json(self.path / "config.json")
         if not isinstance(data, dict):
             raise CheckpointError(f"{self.path / 'config.json'}: expected an object, got {type(data).__name__}")
+        for key in ("quantization_config", "text_config"):
+            if data.get(key) is None:
+                data.pop(key, None)
+            elif not isinstance(data[key], dict):
+                raise CheckpointError(f"{self.path / 'config.json'}: {key}: expected an object, got {data[key]!r}")
+        if not isinstance(data.get("num_hidden_layers"), int | None):
+            wrong = data["num_hidden_layers"]
+            raise CheckpointError(f"{self.path / 'config.json'}: num_hidden_layers: expected a number, got {wrong!r}")
         return data
 
     @property
@@ -243,12 +259,14 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
 
 
 def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
-    differences = []
-    for key in ("model_type", "architectures", "tie_word_embeddings"):
-        here, there = a.config().get(key), b.config().get(key)
-        if here != there:
-            differences.append(f"config.json {key}: {here!r} in {a_name}, {there!r} in {b_name}")
-    return differences
+    here, there = a.config(), b.config()
+    keys = ["model_type", "architectures", "tie_word_embeddings"]
+    keys += [key for key in _SAME_WHERE_GIVEN if here.get(key) is not None and there.get(key) is not None]
+    return [
+        f"config.json {key}: {here.get(key)!r} in {a_name}, {there.get(key)!r} in {b_name}"
+        for key in keys
+        if here.get(key) != there.get(key)
+    ]
 
 
 def _same_but_rows(a: Entry, b: Entry) -> bool:

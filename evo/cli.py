@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from evo.interrupts import interruptible
+
 app = typer.Typer(
     name="mergefront",
     no_args_is_help=True,
@@ -137,7 +139,7 @@ def export(
     Picks read search scores only: knee is the member nearest to the ideal of no errors and no tokens,
     max-accuracy the most accurate, max-tokens=N the most accurate within N mean tokens.
     """
-    with _readable_errors(debug):
+    with _readable_errors(debug, again="nothing is left of it; the same command starts anew"), interruptible():
         from evo.export import export as write
         from evo.search import Search
 
@@ -162,7 +164,7 @@ def merge(
     Reads mergekit's YAML too: models or slices, weights as numbers, gradients over depth or filters, base_model,
     tokenizer_source. What it cannot do is refused with the line, and the nearest thing that it can.
     """
-    with _readable_errors(debug):
+    with _readable_errors(debug, again="nothing is left of it; the same command starts anew"), interruptible():
         from evo.merge_file import merge as write
 
         _print_written("the merge", out, write(recipe, out, force=force, common_rows=common_vocabulary).lines)
@@ -262,7 +264,8 @@ def evaluate(
 def _print_written(name: str, out: Path, lines: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(
-        f"{name} is in [bold]{out}[/bold]: weights, config, tokenizer, recipe.yaml, accounting.json and a model card."
+        f"{name} is in [bold]{out}[/bold]: weights, recipe.yaml, accounting.json, a model card, and the config and "
+        "tokenizer of its interface parent."
     )
     for line in lines:
         console.print(line, style="dim", markup=False)
@@ -275,12 +278,12 @@ def main() -> None:
 
 
 @contextmanager
-def _readable_errors(debug: bool) -> Iterator[None]:
+def _readable_errors(debug: bool, *, again: str = "the same command goes on where this one ended") -> Iterator[None]:
     """Print an expected error as its message alone, and interrupts as what to do next."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command goes on where this one ended.", err=True)
+        typer.echo(f"\nstopped; {again}.", err=True)
         raise typer.Exit(130) from None
     except (ValueError, RuntimeError, OSError) as error:
         if debug:

@@ -105,6 +105,8 @@ def check_target(out: Path, inputs: list[Path], force: bool) -> None:
     for path in inputs:
         if target == path.resolve() or target in path.resolve().parents:
             raise ExportError(f"{out} is or contains {path}, which is being read: choose another folder")
+    if target.is_mount():
+        raise ExportError(f"{out} is where a disk is mounted, and cannot be moved in place: name a folder in it")
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out} is a file; expected a new or empty folder")
     if out.is_dir() and any(out.iterdir()) and not force:
@@ -134,6 +136,7 @@ def write_checkpoint(
         CheckpointError: if a parent cannot be read, or holds NaN or Inf.
         ExportError: if the disk is full.
     """
+    out = out.resolve()  # a link stays one
     _check_room(sources[recipe.interface], out)
     with _beside(out, force) as folder, _spared_the_collector():
         interface, rounding = sources[recipe.interface], Rounding()

@@ -133,7 +133,7 @@ class Materializer:
         start = time.perf_counter()
         written_bytes, n_compiled = 0, self._merger.n_compiled
         compressed = self._may_compress(recipe)
-        assigned = self._assign(Recipe.from_dict(recipe), compressed)
+        assigned = self._assign(_recipe_in(recipe), compressed)
         jobs = [(part, job) for part, job in assigned.items() if part in self._targets]
         changed = [(part, job) for part, job in jobs if self._written.get(part) != job.key]
         for i, (part, job) in enumerate(changed):
@@ -171,7 +171,7 @@ class Materializer:
             CheckpointError: if a merge is stored in another way than the checkpoint that the engine was started with.
         """
         start, n_compiled, bytes_of = time.perf_counter(), self._merger.n_compiled, list[int]()
-        wanted = Recipe.from_dict(recipe)
+        wanted = _recipe_in(recipe)
         entries = self._checkpoints[wanted.interface].scored.values()
         if changed := [entry.name for entry in entries if entry.encoding.output != entry.encoding]:
             raise CheckpointError(
@@ -293,6 +293,11 @@ def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused
     """The tensors of a file that it is stored as."""
     for suffix, piece in zip(stored.encoding.suffixes, stored.pieces, strict=True):
         yield name + suffix, [piece]
+
+
+def _recipe_in(asked: Mapping[str, Any]) -> Recipe:
+    """The recipe of what `write` is asked for."""
+    return Recipe.from_dict({key: value for key, value in asked.items() if key != "compressed"})
 
 
 def _check_complete(slots: Slots, checkpoint: Checkpoint) -> None:

@@ -60,10 +60,17 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
 
     recipe, sources, notes = read(file, lines, data, opened)
     told = Told.of(recipe, sources)
-    told = replace(told, lines=(*notes, *told.lines))
+    told = replace(told, lines=(*notes, *_idle_rules(recipe, sources), *told.lines))
     files = {**told.files, "README.md": merge_card(recipe, out.name, told.lines)}
     write_checkpoint(recipe, sources, out, files, told.accounts, force=force)
     return told
+
+
+def _idle_rules(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> list[str]:
+    """What is said of rules that merge nothing."""
+    at_work = {id(rule) for rule in recipe.assign(sources[recipe.interface].layout).values()}
+    why = "selects no tensor, or none that a rule before it has not"
+    return [f"rules.{i}: {why}" for i, rule in enumerate(recipe.rules) if id(rule) not in at_work]
 
 
 def _load(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:

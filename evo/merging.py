@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
-from evo.checkpoint import Checkpoint
+from evo.checkpoint import Checkpoint, CheckpointError
 from evo.deltas import Deltas
 from evo.encodings import Stored, Watcher
+from evo.encodings.flaws import find_flaw
 from evo.encodings.plain import Plain
 from evo.holdings import matrix_of
 from evo.job import Job
@@ -76,7 +78,8 @@ class Merger:
 
         if rows is None:
             merged = self._merged(part, job, source, device, watch, region)
-            return self._looked_at(merged, part, job, device) if late else merged
+            looked_at = job.method is not None and not keep and device.type == "cpu"
+            return self._looked_at(merged, part, job, device, late) if looked_at else merged
         rows, interface = (
             rows.within(region[0]) if region else rows,
             self._reader.read(job.interface, part, device, keep, region),
@@ -94,19 +97,29 @@ class Merger:
         mixture = job.method is not None and job.method.is_mixture
         return mixture and device.type == "cpu" and isinstance(self._like.entries[part.tensor].encoding, Plain)
 
-    def _looked_at(self, merged: Stored | Fused, part: Part, job: Job, device: torch.device) -> Stored | Fused:
-        """A mixture of sources in which nobody has looked for NaN and Inf: they would be in what a loop makes of them,
-        which is less to look through than the sources, and in the cache.
+    def _looked_at(
+        self, merged: Stored | Fused, part: Part, job: Job, device: torch.device, late: bool
+    ) -> Stored | Fused:
+        """A merge that is not kept, looked through for NaN and Inf: of finite sources, they are what is too large.
+
+        Where it is `late`, nobody has looked for them in the sources. Of mixtures they would be in what a loop makes of
+        them, which is less to look through than the sources, and in the cache.
         """
 
-        def look() -> None:
-            for source in job.sources:
+        def look(numbers: Tensor, piece: str = "") -> None:
+            for source in job.sources if late else ():
                 self._reader.read(source, part, device, keep=False)
+            if found := find_flaw(piece, numbers):
+                raise CheckpointError(
+                    f"{part.tensor}: the merge of finite numbers holds {found}: they are too large for its dtype. "
+                    "Expected smaller coefficients, or sources with smaller numbers."
+                )
 
         if isinstance(merged, Fused):
             merged.blame = look
         else:
-            look()
+            for piece, numbers in zip(merged.encoding.suffixes, merged.pieces, strict=True):
+                look(numbers, piece)
         return merged
 
     def _merged(

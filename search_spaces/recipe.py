@@ -19,6 +19,7 @@ import yaml
 from search_spaces.layout import Layout, Part, Role
 
 RECIPE_VERSION = 1
+_KEYS = {"version", "base", "interface", "seed", "vocabulary", "sources", "rules"}
 LARGEST = 3.4e38
 """Magnitude of a coefficient."""
 
@@ -70,7 +71,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name, coefficient in self.coefficients.items():
-            if not abs(coefficient) <= LARGEST:
+            if not isinstance(coefficient, int | float) or not abs(coefficient) <= LARGEST:
                 raise ValueError(f"coefficient of {name}: expected a number that float32 has, got {coefficient!r}")
 
     def cells(self, sites: Sites) -> Iterator[Cell]:
@@ -145,6 +146,10 @@ class Recipe:
         """
         if data.get("version") != RECIPE_VERSION:
             raise ValueError(f"expected a recipe of version {RECIPE_VERSION}, got {data.get('version')!r}")
+        if unknown := sorted(set(data) - _KEYS):
+            raise ValueError(f"unknown key(s) {unknown} in a recipe; expected {sorted(_KEYS)}")
+        if not isinstance(data.get("rules", []), list):
+            raise ValueError(f"rules: expected a list, got {data['rules']!r}")
         try:
             return cls(
                 sources={name: Source(**source) for name, source in data["sources"].items()},
@@ -232,16 +237,22 @@ def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
     known = {"method", "coefficients", "roles", "blocks", "experts", "tensors", "knobs"}
     if unknown := sorted(set(data) - known):
         raise ValueError(f"unknown key(s) {unknown} in a rule; expected {sorted(known)}")
+    if not isinstance(data["method"], str):
+        raise ValueError(f"method: expected the name of one, got {data['method']!r}")
     return Rule(
         method=data["method"],
         coefficients=dict(data["coefficients"]),
-        roles=_tuple_of(Role, data.get("roles")),
-        blocks=_tuple_of(int, data.get("blocks")),
-        experts=_tuple_of(int, data.get("experts")),
-        tensors=_tuple_of(str, data.get("tensors")),
+        roles=_tuple_of("roles", Role, data),
+        blocks=_tuple_of("blocks", int, data),
+        experts=_tuple_of("experts", int, data),
+        tensors=_tuple_of("tensors", str, data),
         knobs=dict(data.get("knobs", {})),
     )
 
 
-def _tuple_of(kind: Any, values: Any) -> tuple[Any, ...] | None:
+def _tuple_of(key: str, kind: Any, data: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """A text is no list: it would be one of letters, of which * selects everything."""
+    values = data.get(key)
+    if values is not None and not isinstance(values, list | tuple):
+        raise ValueError(f"{key}: expected a list, got {values!r}")
     return None if values is None else tuple(kind(value) for value in values)

@@ -212,7 +212,7 @@ class TestRefused:
             ({"use_dora": True}, "DoRA.*merge_and_unload"),
             ({"peft_type": "IA3"}, 'expected peft_type LORA, got "IA3"'),
             ({"r": 8}, "has rank 4, but adapter_config.json says 8"),
-            ({"lora_alpha": None}, "expected a number lora_alpha"),
+            ({"lora_alpha": None}, "expected a finite number lora_alpha"),
             ({"layer_replication": [[0, 2]]}, "replicated layers"),
         ],
     )

@@ -47,6 +47,7 @@ def refuse(names: Iterable[str], quantization: Mapping[str, Any]) -> None:
     """
     method = quantization.get("quant_method")
     if method is not None and method not in READ:
+        method = str(method)
         raise EncodingError(f"quantised with {method!r} (config.json: quantization_config). {advice(method)}")
     if name := next(filter(_ANY_TELLTALE.search, names), None):
         kind = next(kind for pattern, kind in _TELLTALES.items() if re.search(pattern, name))

@@ -140,6 +140,8 @@ def find(headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any]) -
         EncodingError: if scales are missing or do not fit the blocks.
     """
     block = quantization.get("weight_block_size") or (128, 128)
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+        raise EncodingError(f"quantization_config.weight_block_size: expected two numbers above 0, got {block!r}")
     powers_of_two = quantization.get("scale_fmt") == "ue8m0"
     for name, header in headers.items():
         if header.dtype != "F8_E4M3":

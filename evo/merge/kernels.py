@@ -87,8 +87,8 @@ class Fused:
     """What was packed."""
     dtype: torch.dtype
     """Of the result."""
-    blame: Callable[[], object] | None = None
-    """Called when some of the result is not finite: looks through operands that nobody has looked through."""
+    blame: Callable[[Tensor], object] | None = None
+    """Called with some of the result whose sum is not finite: finds out why."""
 
     @property
     def base(self) -> Tensor:
@@ -131,7 +131,7 @@ class Fused:
         """
         self.loop.run(self.packed, out, begin + self.given.first, self.base.shape[1])
         if self.blame is not None and not math.isfinite(float(out.sum())):
-            self.blame()
+            self.blame(out)
 
 
 _loops: dict[tuple[str, tuple[Node, ...], tuple[torch.dtype, ...]], Loop | None] = {}
