@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from evo.adapter import Adapter, open_checkpoints
 from evo.assemble import open_sources
@@ -22,6 +22,7 @@ from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, copy_of
 from tests.conftest import make_checkpoint
 from tests.encoding import files_of, to_fp8, values_in
+from tests.packing import store_head
 from tests.test_materializer import sources_of
 
 RANK = 4
@@ -213,7 +214,10 @@ class TestRefused:
             ({"peft_type": "IA3"}, 'expected peft_type LORA, got "IA3"'),
             ({"r": 8}, "has rank 4, but adapter_config.json says 8"),
             ({"lora_alpha": None}, "expected a finite number lora_alpha"),
+            ({"lora_alpha": math.nan}, "expected a finite number lora_alpha"),
             ({"layer_replication": [[0, 2]]}, "replicated layers"),
+            ({"init_lora_weights": "pissa_niter_4"}, "changes the base.*merge_and_unload"),
+            ({"rank_pattern": {"*": 4}}, "no pattern for names"),
         ],
     )
     def test_settings(self, base, settings, match, tmp_path):
@@ -239,6 +243,25 @@ class TestRefused:
         extra = {f"base_model.model.{key}": torch.zeros(4, 4)}
         with pytest.raises(CheckpointError, match=r"expected lora_A \(r, in\) and lora_B"):
             read(base, make_adapter(tmp_path / "lora", base, 1, extra=extra))
+
+    def test_factors_that_are_no_floats(self, base, tmp_path):
+        adapter = make_adapter(tmp_path / "lora", base, 1)
+        factors = load_file(adapter / "adapter_model.safetensors")
+        save_file({name: f.to(torch.int8) for name, f in factors.items()}, adapter / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=r"expected factors of floats.*got I8"):
+            read(base, adapter)
+
+    def test_factors_that_are_there_twice(self, base, tmp_path):
+        extra = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(RANK, 32)}
+        with pytest.raises(CheckpointError, match="about the same weight"):
+            read(base, make_adapter(tmp_path / "lora", base, 1, extra=extra))
+
+    @pytest.mark.parametrize("key", ["lm_head.weight", "lm_head.lora_A.weight"])
+    def test_a_head_that_is_tied_and_stored(self, key, tmp_path):
+        base = store_head(make_checkpoint(tmp_path / "tied", "llama_tied", 0), tmp_path / "base")
+        extra = {f"base_model.model.{key}": torch.zeros(22, 32)}
+        with pytest.raises(CheckpointError, match="tied to the embedding"):
+            read(base, make_adapter(tmp_path / "lora", base, 1, extra=extra, target_modules=["q_proj"]))
 
     def test_as_the_interface(self, base, tmp_path):
         adapter = make_adapter(tmp_path / "lora", base, 1)

@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from evo.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, check_compatible
+from evo.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, check_compatible
 from evo.encodings.flaws import find_flaw
 from tests.conftest import make_checkpoint
 
@@ -112,6 +113,27 @@ class TestDamage:
         (copy / INDEX_FILE).write_text(json.dumps(index))
         with pytest.raises(CheckpointError, match=gone.replace(".", r"\.")):
             Checkpoint.open(copy)
+
+    def test_shards_beside_a_whole_file(self, copy, tmp_path):
+        whole = make_checkpoint(tmp_path / "whole", "deepseek_v3", 1, shard="1GB")
+        shutil.copy(whole / SINGLE_FILE, copy)
+        with pytest.raises(CheckpointError, match="holds both"):
+            Checkpoint.open(copy)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("quantization_config", "fp8"),
+            ("quantization_config", {"quant_method": 5}),
+            ("text_config", []),
+            ("num_hidden_layers", "3"),
+        ],
+    )
+    def test_a_config_of_other_types(self, copy, key, value):
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(CheckpointError, match=key):
+            Checkpoint.open(copy).layout  # noqa: B018
 
     def test_a_tensor_in_two_shards(self, copy):
         first, second = sorted(copy.glob("*.safetensors"))[:2]
@@ -244,6 +266,16 @@ class TestCompatible:
         other = make_checkpoint(tmp_path / "llama", "llama", 0)
         with pytest.raises(CheckpointError, match="model_type: 'deepseek_v3' in a, 'llama' in b"):
             check_compatible({"a": Checkpoint.open(moe_parents["a"]), "b": Checkpoint.open(other)})
+
+    @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 4), ("head_dim", 8), ("hidden_act", "gelu")])
+    def test_weights_that_mean_something_else(self, copy, moe_parents, key, value):
+        config = json.loads((copy / "config.json").read_text())
+        other = {"num_attention_heads": 2, "head_dim": 16, "hidden_act": "silu"}[key]
+        sibling = Path(shutil.copytree(moe_parents["a"], copy.parent / "sibling"))
+        (copy / "config.json").write_text(json.dumps({**config, key: value}))
+        (sibling / "config.json").write_text(json.dumps({**config, key: other}))
+        with pytest.raises(CheckpointError, match=f"config.json {key}"):
+            check_compatible({"a": Checkpoint.open(sibling), "b": Checkpoint.open(copy)})
 
     def test_another_vocabulary(self, moe_parents, copy):
         text = (copy / "tokenizer.json").read_text()

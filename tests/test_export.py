@@ -248,6 +248,38 @@ class TestBadInput:
                 found = get_method(method).merge([sources[1], sources[2]], sources[0].clone(), coefficients)
                 assert not found[1, 2].isfinite()
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+    def test_a_merge_that_leaves_the_range_of_its_dtype(self, moe_parents, tmp_path, monkeypatch, method, compiled):
+        monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0 if compiled else 1 << 60)
+        with pytest.raises(CheckpointError, match="the merge of finite numbers holds"):
+            merge(write_recipe(tmp_path, moe_parents, Rule(method, {"a": 3e38, "b": 3e38})), tmp_path / "out")
+        assert self.left(tmp_path) == []
+
+    def test_large_numbers_whose_sum_leaves_it_are_merged(self, tmp_path, monkeypatch):
+        """Of half precision, in which a sum of many is soon infinite."""
+        monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
+        parents = {}
+        for seed, name in enumerate(("base", "a")):
+            parents[name] = make_checkpoint(tmp_path / name, "llama", seed, dtype=torch.float16)
+            for shard in parents[name].glob("*.safetensors"):
+                save_file({n: t.abs() * 2000 for n, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
+        (tmp_path / "work").mkdir()
+        merge(write_recipe(tmp_path / "work", parents, Rule("linear", {"a": 0.5})), tmp_path / "out")
+        largest = max(float(t.sum()) for t in Checkpoint.open(tmp_path / "out").stored("lm_head.weight").pieces)
+        assert largest == float("inf")
+
+    def test_a_target_that_is_a_link(self, moe_parents, tmp_path):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        merge(write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5})), tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and Checkpoint.open(tmp_path / "real").entries
+
+    def test_rules_that_merge_nothing_are_named(self, moe_parents, tmp_path):
+        rule = Rule("linear", {"a": 0.5}, tensors=("*.qq_proj.weight",))
+        told = merge(write_recipe(tmp_path, moe_parents, rule), tmp_path / "out")
+        assert any("rules.0: selects no tensor" in line for line in told.lines)
+
     def test_a_target_that_is_a_parent(self, moe_parents, tmp_path):
         file = write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5}))
         before = hashes(moe_parents["a"])

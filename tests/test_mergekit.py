@@ -371,6 +371,17 @@ class TestRefused:
                 "rules: [{method: linear, coefficients: {b: .nan}}]}",
                 "coefficient of b: expected a number",
             ),
+            *(
+                (f"{{version: 1, base: a, interface: a, sources: {{a: {{path: a}}}}, {rest}}}", words)
+                for rest, words in (
+                    ("rule: []", "unknown key"),
+                    ("rules: {}", "rules: expected a list"),
+                    ('rules: [{method: linear, coefficients: {a: "0.5"}}]', "coefficient of a: expected a number"),
+                    ("rules: [{method: [linear], coefficients: {}}]", "method: expected the name"),
+                    ('rules: [{method: linear, coefficients: {a: 1}, tensors: "*"}]', "tensors: expected a list"),
+                    ('rules: [{method: linear, coefficients: {a: 1}, blocks: "12"}]', "blocks: expected a list"),
+                )
+            ),
         ],
     )
     def test_files_that_are_no_recipe(self, merged, text, words):
