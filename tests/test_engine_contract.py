@@ -118,7 +118,7 @@ def test_what_is_interrupted_or_fails_leaves_the_engine_usable(kind, parents):
         with pytest.raises(ValueError, match="no such method"):
             engine.update({**good, "rules": [{**good["rules"][0], "method": "no such method"}]})
         assert engine.generate(MANY, max_tokens=12) == before
-        engine.update(recipe(parents, 1e39).to_dict())
+        engine.update(recipe(parents, 3e38).to_dict())
         with pytest.raises(FloatingPointError):
             engine.generate(MANY, max_tokens=12)
         engine.update(good)
