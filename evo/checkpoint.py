@@ -35,7 +35,7 @@ Cut = tuple[slice | int, ...]
 """An index of a tensor: for its leading dimensions, what to take of each."""
 _SAME_WHERE_GIVEN = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
 """Keys of config.json that say what weights of the same shapes mean."""
-CONVERT = (
+_CONVERT = (
     "To convert one: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16').save_pretrained(NEW_PATH), "
     "with the dtype of the others."
 )
@@ -248,7 +248,7 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
             elif here != there:
                 problems.append(f"{tensor}: {here} in {first_name}, {there} in {name}")
                 if entries[0].shape == entries[1].shape:
-                    advice_on_dtypes = f" {CONVERT}"
+                    advice_on_dtypes = f" {_CONVERT}"
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""

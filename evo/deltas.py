@@ -239,8 +239,10 @@ class Deltas:
 
     def passing(self, base: Operand, donor: Operand) -> Operand:
         """A donor as it is compressed, which is not kept."""
-        kept = self._compression.compress(lambda block: donor[block].float() - base[block].float(), base)
-        return self._compression.donor(base, kept)
+        return self._compression.donor(base, self._kept_of(base, donor))
+
+    def _kept_of(self, base: Operand, donor: Operand) -> tuple[Tensor, ...]:
+        return self._compression.compress(lambda block: donor[block].float() - base[block].float(), base)
 
     @property
     def errors(self) -> Mapping[str, float]:
@@ -248,7 +250,7 @@ class Deltas:
         return {name: (error / norm) ** 0.5 if norm else 0.0 for name, (error, norm) in self._sums.items()}
 
     def _compress(self, source: str, base: Operand, donor: Operand) -> tuple[Tensor, ...]:
-        kept = self._compression.compress(lambda block: donor[block].float() - base[block].float(), base)
+        kept = self._kept_of(base, donor)
         compressed, (error, norm) = self._compression.donor(base, kept), self._sums.get(source, (0.0, 0.0))
         for block in blocks(base, _CHUNK):
             exact = donor[block].double() - base[block].double()

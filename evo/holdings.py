@@ -5,7 +5,7 @@ The materializer's choice of a residency and a plan both rest on it. Knows what 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,6 +38,12 @@ class Holding:
     def kept_pinned(self) -> int:
         """The same in pinned memory; differences are not pinned."""
         return self.pinned if self.deltas is None else self.deltas
+
+
+def kept_bytes(found: Iterable[Holding]) -> tuple[int, int]:
+    """What stays of all sources for the next candidate: as it is, and in pinned memory."""
+    pairs = [(holding.kept, holding.kept_pinned) for holding in found]
+    return sum(kept for kept, _ in pairs), sum(pinned for _, pinned in pairs)
 
 
 def holdings(

@@ -23,7 +23,7 @@ from evo.copies import tied_heads, unscored_copies
 from evo.deltas import EXACT, Deltas, parse
 from evo.encodings import EncodingError, Stored, stack
 from evo.encodings.rounding import Rounding
-from evo.holdings import holdings, matrix_of
+from evo.holdings import holdings, kept_bytes, matrix_of
 from evo.job import Job
 from evo.merge.blocks import Region
 from evo.merge.kernels import Fused
@@ -160,7 +160,7 @@ class Materializer:
         first = next(iter(self._checkpoints.values()))
         numbers = sum(target.slot.numel() for targets in self._targets.values() for target in targets)
         share = min(1.0, numbers / max(1, sum(math.prod(matrix_of(first, part)) for part in self._targets)))
-        kept, pinned = sum(one.kept for one in found), sum(one.kept_pinned for one in found)
+        kept, pinned = kept_bytes(found)
         return int(kept * share), int(pinned * share)
 
     @torch.no_grad()

@@ -69,7 +69,8 @@ class Merger:
         """
         read: dict[int, Stored] = {}
         rows = self._common.get(part.tensor)
-        late = rows is None and region is None and not keep and self._may_look_late(part, job, device)
+        looked_at = rows is None and job.method is not None and not keep and device.type == "cpu"
+        late = looked_at and region is None and self._may_look_late(part, job)
 
         def source(i: int) -> Stored:
             if i not in read:
@@ -78,7 +79,6 @@ class Merger:
 
         if rows is None:
             merged = self._merged(part, job, source, device, watch, region)
-            looked_at = job.method is not None and not keep and device.type == "cpu"
             return self._looked_at(merged, part, job, device, late) if looked_at else merged
         rows, interface = (
             rows.within(region[0]) if region else rows,
@@ -92,10 +92,10 @@ class Merger:
             merged = Stored(interface.encoding, (merged.result().view(shape),))
         return rows.complete(merged, interface)
 
-    def _may_look_late(self, part: Part, job: Job, device: torch.device) -> bool:
+    def _may_look_late(self, part: Part, job: Job) -> bool:
         """Whether a loop makes a part, of which nothing is lost if a source has NaN or Inf."""
         mixture = job.method is not None and job.method.is_mixture
-        return mixture and device.type == "cpu" and isinstance(self._like.entries[part.tensor].encoding, Plain)
+        return mixture and isinstance(self._like.entries[part.tensor].encoding, Plain)
 
     def _looked_at(
         self, merged: Stored | Fused, part: Part, job: Job, device: torch.device, late: bool

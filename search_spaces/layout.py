@@ -124,11 +124,11 @@ def parse_layout(shapes: Mapping[str, tuple[int, ...]], n_blocks: int | None = N
     for name, shape in shapes.items():
         if name in unscored:
             continue
-        role, _, _ = _address(name)
+        role, block, expert = _address(name)
         if role is None:
             unknown.append(name)
             continue
-        parts.extend(_parts_of(name, shape, role))
+        parts.extend(_parts_of(name, shape, role, block, expert))
     if unknown:
         raise UnknownTensorError(
             f"{len(unknown)} tensor(s) have a name from which no role can be read: {_some(unknown)}. "
@@ -162,8 +162,7 @@ def _number(pattern: re.Pattern[str], name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _parts_of(name: str, shape: tuple[int, ...], role: Role) -> Iterable[Part]:
-    _, block, expert = _address(name)
+def _parts_of(name: str, shape: tuple[int, ...], role: Role, block: int | None, expert: int | None) -> Iterable[Part]:
     if role is Role.ROUTED_EXPERT and expert is None:  # packed: (n_experts, ...)
         return [Part(name, row, block, row, role) for row in range(shape[0])]
     return [Part(name, None, block, expert, role)]

@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from evo.config import Config
+from evo.merge_file import merge
+from tests.encoding import files_of
 from tests.synthetic import config_of
 
 # The same examples in every run; `pytest --hypothesis-profile default` draws new ones.
@@ -132,3 +134,24 @@ def chimera() -> Config:
     """A config of a run over the built-in parents."""
     engine = {"dtype": "float32", "device": "cpu", "batch_size": 32, "max_tokens": 110}
     return config_of({name: CHIMERA / name for name in ("reasoner", "concise", "base")}, engine=engine)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Float32 checkpoints called base, a and b, in a folder that recipes are written to."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(["base", "a", "b"]):
+        make_checkpoint(folder / name, "llama", seed, dtype=torch.float32, shard="1GB")
+    return folder
+
+
+@pytest.fixture
+def merged(models: Path, tmp_path: Path) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Merges what the text of a recipe beside the models says, and gives the tensors."""
+
+    def run(text: str) -> dict[str, torch.Tensor]:
+        (models / "recipe.yaml").write_text(text)
+        merge(models / "recipe.yaml", tmp_path / "out", force=True)
+        return files_of(tmp_path / "out")
+
+    return run

@@ -18,49 +18,22 @@ from search_spaces.expert import expert
 from search_spaces.grouped import Ingredients
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
-from tests.conftest import make_checkpoint
+from tests.encoding import files_of
 from tests.test_adapter import make_adapter
 
 N_LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Float32 checkpoints called base, a and b, in a folder that recipes are written to."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(["base", "a", "b"]):
-        make_checkpoint(folder / name, "llama", seed, dtype=torch.float32, shard="1GB")
-    return folder
-
-
-def tensors(folder):
-    checkpoint = Checkpoint.open(folder)
-    return {name: checkpoint.tensor(name) for name in checkpoint.headers}
-
-
-@pytest.fixture
-def merged(models, tmp_path):
-    def run(text):
-        (models / "recipe.yaml").write_text(text)
-        merge(models / "recipe.yaml", tmp_path / "out", force=True)
-        return tensors(tmp_path / "out")
-
-    return run
-
-
-@pytest.fixture
-def error(merged):
-    def run(text):
-        with pytest.raises(RecipeError) as caught:
-            merged(text)
-        return str(caught.value).partition("recipe.yaml:")[2]
-
-    return run
+ONE_AND_THREE = """
+merge_method: task_arithmetic
+base_model: base
+models:
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: 3}}
+"""
 
 
 def expect(merged, models, value_of):
     """Every tensor is what value_of(name, block or None, base, a, b) says."""
-    base, a, b = (tensors(models / name) for name in ("base", "a", "b"))
+    base, a, b = (files_of(models / name) for name in ("base", "a", "b"))
     for name, tensor in merged.items():
         match = re.search(r"layers\.(\d+)\.", name)
         wanted = value_of(name, int(match[1]) if match else None, base[name], a[name], b[name])
@@ -114,14 +87,7 @@ parameters: {lambda: 0.5}
         expect(out, models, lambda n, i, base, a, b: base + 0.25 * (a - base) + 0.5 * (b - base))
 
     def test_normalize_divides_by_the_sum_of_the_weights(self, merged, models):
-        out = merged("""
-merge_method: task_arithmetic
-base_model: base
-models:
-  - {model: a, parameters: {weight: 1}}
-  - {model: b, parameters: {weight: 3}}
-parameters: {normalize: true}
-""")
+        out = merged(ONE_AND_THREE + "parameters: {normalize: true}")
         expect(out, models, lambda n, i, base, a, b: base + 0.25 * (a - base) + 0.75 * (b - base))
 
     def test_slerp_runs_from_the_base_to_the_other(self, merged, models):
@@ -219,14 +185,7 @@ tokenizer_source: a
         assert any("wieght: ignored" in line and "did you mean 'weight'" in line for line in told.lines)
 
     def test_truth_values_over_the_layers(self, merged, models):
-        out = merged("""
-merge_method: task_arithmetic
-base_model: base
-models:
-  - {model: a, parameters: {weight: 1}}
-  - {model: b, parameters: {weight: 3}}
-parameters: {normalize: [1, 0]}
-""")
+        out = merged(ONE_AND_THREE + "parameters: {normalize: [1, 0]}")
 
         def value(n, i, base, a, b):
             factor = 1.0 if i == N_LAYERS - 1 else 0.25
@@ -270,7 +229,7 @@ parameters: {weight: 0.25}
         text = "merge_method: task_arithmetic\nbase_model: b\nparameters: {weight: 1.0}\nmodels:\n- {model: lora}\n"
         alone = merged(text)
         beside = merged(text + "- {model: base, parameters: {weight: 0.0}}\n")
-        b = tensors(models / "b")
+        b = files_of(models / "b")
         assert not torch.equal(
             alone["model.layers.0.self_attn.q_proj.weight"], b["model.layers.0.self_attn.q_proj.weight"]
         )
@@ -295,98 +254,6 @@ parameters:
             (("norm",), (0, 1, 2)): 0.25,
             (None, (-1,)): 0.25,
         }
-
-
-MODELS = "models: [{model: base, parameters: {weight: 1}}, {model: a, parameters: {weight: 1}}]"
-STACK = "slices: [{sources: [{model: a, layer_range: [0, 2]}]}, {sources: [{model: b, layer_range: [1, 3]}]}]"
-
-
-class TestRefused:
-    @pytest.mark.parametrize(
-        ("text", "line", "place", "words"),
-        [
-            ("merge_method: linaer", 1, "merge_method", "did you mean 'linear'"),
-            ("merge_method: ramplus_tl", 1, "merge_method", "the nearest is ram"),
-            ("merge_method: linear", 1, "mergekit", "expected one of models and slices, got neither"),
-            (f"merge_method: passthrough\n{STACK}", 2, "slices.1.sources.0.layer_range", "stacking and reordering"),
-            (
-                "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]",
-                2, "slices.0.sources.0.layer_range", "the slices end at layer 2, the models at 3",
-            ),
-            (
-                "merge_method: linear\nslices:\n- sources:\n  - {model: a, layer_range: [0, 3]}\n"
-                "  - {model: b, layer_range: [1, 4]}",
-                5, "slices.0.sources.1.layer_range", "same layer of the others",
-            ),
-            (f"merge_method: linear\n{MODELS}\ntokenizer_source: a\ntokenizer: {{source: a}}", 4, "tokenizer",
-             "got both"),
-            (f"merge_method: linear\n{MODELS}\ntokenizer: base", 3, "tokenizer", "tokenizer_source: MODEL"),
-            ("merge_method: TIES", 1, "merge_method", "did you mean 'ties'"),
-            ("merge_method: [ties]", 1, "merge_method", "did you mean 'ties'"),
-            ("merge_method: linear\nmodels: [a, b]", 2, "models", "- model: FOLDER"),
-            ("merge_method: linear\nmodels:\n- {model: nowhere_at_all}", 3, "models.0.model", "no checkpoint folder"),
-            ("merge_method: ties\nbase_model: ''", 2, "base_model", "expected a folder"),
-            *((f"merge_method: linear\n{MODELS}\nparameters: {{weight: {bad}}}", 3, "parameters.weight", "a number")
-              for bad in (".nan", ".inf", "1e39", "nan")),
-            (f"merge_method: linear\n{MODELS}\nparameters: {{normalize: 0.5}}", 3, "parameters.normalize",
-             "expected true or false"),
-            (f"merge_method: linear\n{MODELS}\nparameters: {{int8_mask: maybe}}", 3, "parameters.int8_mask",
-             "expected true or false"),
-            (f"merge_method: linear\n{MODELS}\nparameters: {{weight: [{{filter: [mlp], value: 1}}]}}", 3,
-             "parameters.weight.0.filter", "several entries"),
-            ("merge_method: slerp\nbase_model: a\nmodels: [{model: b, parameters: {t: 0.3}}]", 1, "parameters",
-             "models.0.parameters.t: ignored, as mergekit does: it belongs to all models"),
-            (f"merge_method: linear\n{MODELS}\ndtype: float16", 3, "dtype", "expected out_dtype: float32"),
-            (f"merge_method: linear\n{MODELS}\nparameters:\n  normalize: false", 2, "models.0.parameters.weight",
-             "sum to 2 with normalize: false"),
-            (f"merge_method: ties\n{MODELS}", 1, "merge_method", "ties needs a base_model"),
-            (f"merge_method: ties\nbase_model: b\n{MODELS}\nparameters: {{rescale: true}}", 4, "parameters.rescale",
-             "rescaling is not here"),
-            ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}]", 1, "parameters", "t is missing"),
-            ("merge_method: linear\nmodels: [{model: a}, {model: b}]", 2, "models.0.parameters", "weight is missing"),
-            (f"merge_method: slerp\nbase_model: b\n{MODELS}\nparameters: {{t: 0.5}}", 3, "models", "expected 2 models"),
-            ("merge_method: linear\nmodels:\n- {model: a}\n- {model: a}", 4, "models.1", "a is named twice"),
-            ("merge_method: linear\nmodels:\n- {model: a+lora}", 3, "models.0.model", "merge_and_unload"),
-            (f"merge_method: linear\n{MODELS}\nparameters:\n  weight: [1, {{value: 2}}]", 4, "parameters.weight.0",
-             "expected {filter: TEXT, value: NUMBER}"),
-            (f"merge_method: linear\n{MODELS}\nparameters: {{weight: much}}", 3, "parameters.weight", "got 'much'"),
-            (f"merge_method: ties\nbase_model: b\n{MODELS}\nparameters: {{lambda: -1}}", 4, "parameters",
-             "expected 0 to 10"),
-        ],
-    )  # fmt: skip
-    def test_with_the_place_and_what_can_be_done(self, error, text, line, place, words):
-        message = error(text)
-        assert message.startswith(f"{line}: {place}: "), message
-        assert words in message
-
-    @pytest.mark.parametrize(
-        ("text", "words"),
-        [
-            *((text, "") for text in ("[]", "a: 1", "{", "--- {}\n--- {}", "version: 2", "version: 1\nsources: []")),
-            ("merge_method: linear\nmerge_method: ties", "the key 'merge_method' is there twice"),
-            ("merge_method: linear\n1: 2", "expected text as a key, got 1"),
-            ("merge_method: linear\nmodels: &m [*m]", "an anchor that is part of itself"),
-            (
-                "{version: 1, base: a, interface: a, sources: {a: {path: a}, b: {path: b}}, "
-                "rules: [{method: linear, coefficients: {b: .nan}}]}",
-                "coefficient of b: expected a number",
-            ),
-            *(
-                (f"{{version: 1, base: a, interface: a, sources: {{a: {{path: a}}}}, {rest}}}", words)
-                for rest, words in (
-                    ("rule: []", "unknown key"),
-                    ("rules: {}", "rules: expected a list"),
-                    ('rules: [{method: linear, coefficients: {a: "0.5"}}]', "coefficient of a: expected a number"),
-                    ("rules: [{method: [linear], coefficients: {}}]", "method: expected the name"),
-                    ('rules: [{method: linear, coefficients: {a: 1}, tensors: "*"}]', "tensors: expected a list"),
-                    ('rules: [{method: linear, coefficients: {a: 1}, blocks: "12"}]', "blocks: expected a list"),
-                )
-            ),
-        ],
-    )
-    def test_files_that_are_no_recipe(self, merged, text, words):
-        with pytest.raises(RecipeError, match=rf"recipe\.yaml[\S\s]*{words}"):
-            merged(text)
 
 
 def of_space(models, method, knobs=None, seed=0, base="base", donors=("a", "b")):
@@ -448,7 +315,7 @@ class TestWriter:
         rules = (Rule("passthrough", {"a": 1.0}, roles=(Role.FFN,), knobs={"scale": 0.5}),)
         recipe = Recipe({"a": Source(str(models / "a"))}, "a", "a", rules)
         text, _ = write_mergekit(recipe, {"a": Checkpoint.open(models / "a")})
-        a = tensors(models / "a")
+        a = files_of(models / "a")
         for name, tensor in merged(text).items():
             assert torch.equal(tensor, 0.5 * a[name] if "mlp" in name else a[name])
 
@@ -495,9 +362,9 @@ def test_a_file_of_ours_rebuilds_its_export(models, tmp_path):
     )  # fmt: skip
     merge(models / "ours.yaml", tmp_path / "one")
     merge(tmp_path / "one" / "recipe.yaml", tmp_path / "two")
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    base, a = tensors(models / "base"), tensors(models / "a")
+    base, a = files_of(models / "base"), files_of(models / "a")
     for name in one:
         assert torch.equal(one[name], 0.5 * base[name] + 0.5 * a[name] if "q_proj" in name else base[name])
 

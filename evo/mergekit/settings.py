@@ -32,7 +32,7 @@ def check(setting: Any, place: Place, *, truth: bool) -> None:
     Raises:
         MergekitError: with the place of what is wrong.
     """
-    for i, condition in enumerate(conditions(setting)):
+    for i, condition in enumerate(found := conditions(setting)):
         text = condition.get("filter") if isinstance(condition, dict) else condition
         if not isinstance(condition, dict) or "value" not in condition or not set(condition) <= {"filter", "value"}:
             raise MergekitError((*place, str(i)), f"expected {{filter: TEXT, value: NUMBER}}, got {condition!r}")
@@ -40,7 +40,7 @@ def check(setting: Any, place: Place, *, truth: bool) -> None:
             raise MergekitError((*place, str(i), "filter"), f"expected a part of tensor names, got {text!r}; several "
                                 "of them are several entries")  # fmt: skip
         check(condition["value"], (*place, str(i), "value"), truth=truth)
-    if conditions(setting):
+    if found:
         return
     for element in setting if isinstance(setting, list) else [setting]:
         try:

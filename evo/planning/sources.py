@@ -12,7 +12,7 @@ import torch
 from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.deltas import Deltas, parse
-from evo.holdings import Holding, holdings, matrix_of, most_at_once
+from evo.holdings import Holding, holdings, kept_bytes, matrix_of, most_at_once
 from evo.parallel import own_parts
 from evo.residency import Residency, choose
 from evo.vocabulary import common_rows
@@ -62,10 +62,9 @@ class Sources:
             ValueError: if it cannot be had.
         """
         found = self._holdings(deltas, self._checkpoints).values()
-        kept, pinned = sum(holding.kept for holding in found), sum(holding.kept_pinned for holding in found)
         where = torch.device("cuda" if device == "gpu" else "cpu")
         return choose(
-            Residency(residency), where, kept, pinned,
+            Residency(residency), where, *kept_bytes(found),
             free=lambda d: free.get("gpu" if d.type == "cuda" else "host", 0),
         )  # fmt: skip
 

@@ -39,7 +39,7 @@ BYTES_A_CLOCK = 3.35e12 / 132 / 1.755e9
 """Of an H100 SXM's memory, for each of its 132 multiprocessors at 1.755 GHz."""
 FULL_RATE = ("FADD", "FMUL", "FFMA")
 BESIDES = ("IMAD",)
-NO_ARITHMETIC = {"LDG", "STG", "LDC", "ULDC", "BRA", "EXIT", "NOP", "S2R", "S2UR", "CS2R", "BSSY", "BSYNC", "CALL"}
+NO_ARITHMETIC = {"LDG", "STG", "LDC", "ULDC", "BRA", "EXIT", "S2R", "S2UR", "CS2R", "BSSY", "BSYNC", "CALL"}
 SHAPE = (256, 4096)
 METHODS = ("linear", "ties", "dare_linear", "dare_ties", "della_linear", "della")
 

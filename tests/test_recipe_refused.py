@@ -1,0 +1,107 @@
+"""Recipes that are refused, mergekit's and ours: the place in the file, and what can be done."""
+
+import pytest
+
+from evo.merge_file import RecipeError
+
+
+@pytest.fixture
+def error(merged):
+    def run(text):
+        with pytest.raises(RecipeError) as caught:
+            merged(text)
+        return str(caught.value).partition("recipe.yaml:")[2]
+
+    return run
+
+
+MODELS = "models: [{model: base, parameters: {weight: 1}}, {model: a, parameters: {weight: 1}}]"
+STACK = "slices: [{sources: [{model: a, layer_range: [0, 2]}]}, {sources: [{model: b, layer_range: [1, 3]}]}]"
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("text", "line", "place", "words"),
+        [
+            ("merge_method: linaer", 1, "merge_method", "did you mean 'linear'"),
+            ("merge_method: ramplus_tl", 1, "merge_method", "the nearest is ram"),
+            ("merge_method: linear", 1, "mergekit", "expected one of models and slices, got neither"),
+            (f"merge_method: passthrough\n{STACK}", 2, "slices.1.sources.0.layer_range", "stacking and reordering"),
+            (
+                "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]",
+                2, "slices.0.sources.0.layer_range", "the slices end at layer 2, the models at 3",
+            ),
+            (
+                "merge_method: linear\nslices:\n- sources:\n  - {model: a, layer_range: [0, 3]}\n"
+                "  - {model: b, layer_range: [1, 4]}",
+                5, "slices.0.sources.1.layer_range", "same layer of the others",
+            ),
+            (f"merge_method: linear\n{MODELS}\ntokenizer_source: a\ntokenizer: {{source: a}}", 4, "tokenizer",
+             "got both"),
+            (f"merge_method: linear\n{MODELS}\ntokenizer: base", 3, "tokenizer", "tokenizer_source: MODEL"),
+            ("merge_method: TIES", 1, "merge_method", "did you mean 'ties'"),
+            ("merge_method: [ties]", 1, "merge_method", "did you mean 'ties'"),
+            ("merge_method: linear\nmodels: [a, b]", 2, "models", "- model: FOLDER"),
+            ("merge_method: linear\nmodels:\n- {model: nowhere_at_all}", 3, "models.0.model", "no checkpoint folder"),
+            ("merge_method: ties\nbase_model: ''", 2, "base_model", "expected a folder"),
+            *((f"merge_method: linear\n{MODELS}\nparameters: {{weight: {bad}}}", 3, "parameters.weight", "a number")
+              for bad in (".nan", ".inf", "1e39", "nan")),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{normalize: 0.5}}", 3, "parameters.normalize",
+             "expected true or false"),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{int8_mask: maybe}}", 3, "parameters.int8_mask",
+             "expected true or false"),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{weight: [{{filter: [mlp], value: 1}}]}}", 3,
+             "parameters.weight.0.filter", "several entries"),
+            ("merge_method: slerp\nbase_model: a\nmodels: [{model: b, parameters: {t: 0.3}}]", 1, "parameters",
+             "models.0.parameters.t: ignored, as mergekit does: it belongs to all models"),
+            (f"merge_method: linear\n{MODELS}\ndtype: float16", 3, "dtype", "expected out_dtype: float32"),
+            (f"merge_method: linear\n{MODELS}\nparameters:\n  normalize: false", 2, "models.0.parameters.weight",
+             "sum to 2 with normalize: false"),
+            (f"merge_method: ties\n{MODELS}", 1, "merge_method", "ties needs a base_model"),
+            (f"merge_method: ties\nbase_model: b\n{MODELS}\nparameters: {{rescale: true}}", 4, "parameters.rescale",
+             "rescaling is not here"),
+            ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}]", 1, "parameters", "t is missing"),
+            ("merge_method: linear\nmodels: [{model: a}, {model: b}]", 2, "models.0.parameters", "weight is missing"),
+            (f"merge_method: slerp\nbase_model: b\n{MODELS}\nparameters: {{t: 0.5}}", 3, "models", "expected 2 models"),
+            ("merge_method: linear\nmodels:\n- {model: a}\n- {model: a}", 4, "models.1", "a is named twice"),
+            ("merge_method: linear\nmodels:\n- {model: a+lora}", 3, "models.0.model", "merge_and_unload"),
+            (f"merge_method: linear\n{MODELS}\nparameters:\n  weight: [1, {{value: 2}}]", 4, "parameters.weight.0",
+             "expected {filter: TEXT, value: NUMBER}"),
+            (f"merge_method: linear\n{MODELS}\nparameters: {{weight: much}}", 3, "parameters.weight", "got 'much'"),
+            (f"merge_method: ties\nbase_model: b\n{MODELS}\nparameters: {{lambda: -1}}", 4, "parameters",
+             "expected 0 to 10"),
+        ],
+    )  # fmt: skip
+    def test_with_the_place_and_what_can_be_done(self, error, text, line, place, words):
+        message = error(text)
+        assert message.startswith(f"{line}: {place}: "), message
+        assert words in message
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            *((text, "") for text in ("[]", "a: 1", "{", "--- {}\n--- {}", "version: 2", "version: 1\nsources: []")),
+            ("merge_method: linear\nmerge_method: ties", "the key 'merge_method' is there twice"),
+            ("merge_method: linear\n1: 2", "expected text as a key, got 1"),
+            ("merge_method: linear\nmodels: &m [*m]", "an anchor that is part of itself"),
+            (
+                "{version: 1, base: a, interface: a, sources: {a: {path: a}, b: {path: b}}, "
+                "rules: [{method: linear, coefficients: {b: .nan}}]}",
+                "coefficient of b: expected a number",
+            ),
+            *(
+                (f"{{version: 1, base: a, interface: a, sources: {{a: {{path: a}}}}, {rest}}}", words)
+                for rest, words in (
+                    ("rule: []", "unknown key"),
+                    ("rules: {}", "rules: expected a list"),
+                    ('rules: [{method: linear, coefficients: {a: "0.5"}}]', "coefficient of a: expected a number"),
+                    ("rules: [{method: [linear], coefficients: {}}]", "method: expected the name"),
+                    ('rules: [{method: linear, coefficients: {a: 1}, tensors: "*"}]', "tensors: expected a list"),
+                    ('rules: [{method: linear, coefficients: {a: 1}, blocks: "12"}]', "blocks: expected a list"),
+                )
+            ),
+        ],
+    )
+    def test_files_that_are_no_recipe(self, merged, text, words):
+        with pytest.raises(RecipeError, match=rf"recipe\.yaml[\S\s]*{words}"):
+            merged(text)
