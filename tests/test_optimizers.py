@@ -70,10 +70,9 @@ class TestContract:
     def test_replaying_asks_and_tells_reproduces_what_follows(self, name):
         whole = drive(make(name), 6)
         resumed = make(name)
-        drive(resumed, 3)
-        rest = [resumed.ask(resumed.batch_size) for _ in range(1)]
-        n = 3 * resumed.batch_size
-        assert np.array_equal(np.array(rest).reshape(-1, N), whole[n : n + resumed.batch_size])
+        n = len(drive(resumed, 3))
+        rest = np.array(resumed.ask(resumed.batch_size))
+        assert np.array_equal(rest.reshape(-1, N), whole[n : n + len(rest)])
 
     def test_other_seed_other_proposals(self, name):
         if name == "line_sweep":
@@ -143,9 +142,23 @@ def test_nsga2_covers_more_of_the_front_than_random_search():
     assert hypervolume(found) > hypervolume(random)
 
 
-def test_nsga2_starts_from_the_parents():
-    first = Nsga2(problem(), population=8).ask(8)
-    assert [g.tolist() for g in first[:3]] == [[0.0] * N, [1.0] * N, [0.5] * N]
+def test_nsga2_breeds_from_the_starts_and_does_not_propose_them_again():
+    starts = [start.genome.tolist() for start in problem().starts]
+    optimizer = Nsga2(problem(), population=5, crossover=0.0, mutation=0.0)
+    first = optimizer.ask(optimizer.batch_size)  # with the starts, a population
+    assert len(first) == 2 and not any(genome.tolist() in starts for genome in first)
+    for i, genome in enumerate(first):
+        optimizer.tell(i, Outcome(losses(genome) + 1.0))  # all starts dominate it
+    children = optimizer.ask(optimizer.batch_size)  # copies of parents, as nothing changes them
+    assert len(children) == 5
+    assert {tuple(genome) for genome in children} <= {tuple(genome) for genome in [*starts, *map(list, first)]}
+    assert any(genome.tolist() in starts for genome in children)
+
+
+def test_nsga2_with_more_starts_than_a_population_goes_on_at_once():
+    optimizer = Nsga2(problem(), population=2, crossover=0.0, mutation=0.0)
+    starts = [start.genome.tolist() for start in problem().starts]
+    assert all(genome.tolist() in starts for genome in optimizer.ask(optimizer.batch_size))
 
 
 def test_a_sweep_is_evenly_spaced_and_ends():

@@ -63,7 +63,7 @@ class Optimizer(Protocol):
     """
 
     batch_size: int
-    """How many proposals make a generation."""
+    """How many proposals make the next generation."""
 
     def ask(self, n: int) -> list[Genome]:
         """Propose the next n genomes; fewer, or none, when there is nothing left to try."""

@@ -18,10 +18,12 @@ class Batched(ABC):
     """An Optimizer made of `ask_batch` and `tell_batch`."""
 
     batch_size: int
+    """Of the next batch."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self._queue: deque[Genome] = deque()
+        self._sizes: deque[int] = deque()  # of the batches that have not been told
         self._outcomes: dict[int, Outcome] = {}
         self._n_told = 0  # in whole batches
 
@@ -36,13 +38,15 @@ class Batched(ABC):
     def ask(self, n: int) -> list[Genome]:
         """See Optimizer."""
         while len(self._queue) < n:
-            self._queue.extend(self.ask_batch())
+            batch = self.ask_batch()
+            self._sizes.append(len(batch))
+            self._queue.extend(batch)
         return [self._queue.popleft() for _ in range(n)]
 
     def tell(self, index: int, outcome: Outcome) -> None:
         """See Optimizer."""
         self._outcomes[index] = outcome
-        batch = range(self._n_told, self._n_told + self.batch_size)
+        batch = range(self._n_told, self._n_told + self._sizes[0])
         if all(i in self._outcomes for i in batch):
-            self._n_told += self.batch_size
+            self._n_told += self._sizes.popleft()
             self.tell_batch([self._outcomes.pop(i) for i in batch])

@@ -19,7 +19,7 @@ from search_spaces.genes import Genome
 
 
 class Nsga2(Batched):
-    """One generation is one population. The first holds the starting genomes, then random ones.
+    """One generation is one population. The first holds the starts, which are not evaluated again, and random genomes.
 
     Args:
         population: genomes a generation.
@@ -41,7 +41,8 @@ class Nsga2(Batched):
         import optuna
 
         super().__init__(population)
-        self._asked: deque[list[Any]] = deque()
+        self._population = population
+        self._asked: deque[tuple[Any, ...]] = deque()
         self._n_genes = problem.n_genes
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
@@ -56,22 +57,38 @@ class Nsga2(Batched):
         n_objectives = len(problem.scale.reference)
         self._study = optuna.create_study(directions=["minimize"] * n_objectives, sampler=sampler)
         self._names = [f"{i:05d}" for i in range(problem.n_genes)]
-        for start in problem.starts[:population]:
+        known = [start for start in problem.starts if start.outcome.losses is not None]
+        for start in known:
             self._study.enqueue_trial(dict(zip(self._names, map(float, start.genome), strict=True)))
+        trials = [self._propose()[0] for _ in known]
+        for trial in self._study.trials:  # asked for it, Optuna counts one whose genes are all given to a generation
+            sampler.get_trial_generation(self._study, trial)
+        for trial, start in zip(trials, known, strict=True):
+            self._tell(trial, start.outcome)
+        if len(known) < population:
+            self.batch_size -= len(known)
 
     def ask_batch(self) -> list[Genome]:
         """See Batched."""
-        trials = [self._study.ask() for _ in range(self.batch_size)]
+        trials, genomes = zip(*(self._propose() for _ in range(self.batch_size)), strict=True)
         self._asked.append(trials)
-        return [np.array([trial.suggest_float(name, 0.0, 1.0) for name in self._names], np.float32) for trial in trials]
+        self.batch_size = self._population
+        return list(genomes)
 
     def tell_batch(self, outcomes: Sequence[Outcome]) -> None:
         """See Batched."""
+        for trial, outcome in zip(self._asked.popleft(), outcomes, strict=True):
+            self._tell(trial, outcome)
+
+    def _propose(self) -> tuple[Any, Genome]:
+        trial = self._study.ask()
+        return trial, np.array([trial.suggest_float(name, 0.0, 1.0) for name in self._names], np.float32)
+
+    def _tell(self, trial: Any, outcome: Outcome) -> None:
         import optuna
 
-        for trial, outcome in zip(self._asked.popleft(), outcomes, strict=True):
-            trial.set_constraint("violation", outcome.violation)
-            if outcome.losses is None:
-                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                self._study.tell(trial, [float(loss) for loss in outcome.losses])
+        trial.set_constraint("violation", outcome.violation)
+        if outcome.losses is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, [float(loss) for loss in outcome.losses])
