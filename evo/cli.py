@@ -285,7 +285,7 @@ def _readable_errors(debug: bool, *, again: str = "the same command goes on wher
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; {again}.", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

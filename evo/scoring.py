@@ -10,13 +10,15 @@ from typing import Any
 
 import yaml
 
+from evo.checkpoint import Checkpoint
 from evo.components import component_options, validated
 from evo.config import ConfigError, EngineConfig, TaskConfig
 from fitness.engines import ENGINES, what_is_missing
 from fitness.evaluator import Evaluator
 from fitness.orderliness import Orderliness
 from fitness.tasks import TASKS
-from fitness.types import Decoding, Split
+from fitness.types import Decoding, Engine, Split
+from search_spaces.recipe import Recipe, Source
 
 
 def score_checkpoint(
@@ -38,10 +40,12 @@ def score_checkpoint(
 
     Raises:
         ConfigError: for unknown tasks, engines or options.
-        ValueError: if the folder is no checkpoint, or a task's data cannot be read.
+        ValueError: if the folder is no checkpoint, or one that is not read here, or a task's data cannot be read.
+        FloatingPointError: if the model's logits are not finite.
     """
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"no checkpoint in {checkpoint}: expected a folder with config.json and safetensors files")
+    is_quantised = bool(Checkpoint.open(checkpoint).quantization)  # refused here, if nobody can read it
     configs = [validated(TaskConfig, TASKS, task) for task in tasks]
     engine_config = validated(EngineConfig, ENGINES, engine)
     if missing := what_is_missing(engine_config.kind):
@@ -50,12 +54,21 @@ def score_checkpoint(
     built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config, TASKS)) for config in configs]
     problems = [task.problems(split) for task in built]  # bad data are told before the model is loaded
     resident = pkgutil.resolve_name(ENGINES[engine_config.kind])(str(checkpoint), **options)
+    if is_quantised:
+        _write(checkpoint, resident)
     samples, found = options.get("decoding", Decoding()).samples, []
     for config, task, asked in zip(configs, built, problems, strict=True):
         evaluator = Evaluator(resident, task, engine_config.max_tokens, Orderliness(), samples, seed)
         score, _ = evaluator.evaluate(asked)
         found.append({"task": config.kind, "split": str(split), "n_samples": samples, **score.summary()})
     return found
+
+
+def _write(checkpoint: Path, resident: Engine) -> None:
+    """Write a checkpoint into a resident model as a search writes it: a quantised one was not loaded."""
+    recipe = Recipe({"it": Source(str(checkpoint))}, "it", "it", ())
+    resident.host("evo.materializer:Materializer.hosted", sources={"it": str(checkpoint)})
+    resident.update(recipe.to_dict())
 
 
 def harness(checkpoint: Path, task: str, *, dtype: str, device: str, limit: int | None) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """`mergefront eval`: any checkpoint folder on any task."""
 
 import json
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -13,6 +17,7 @@ from evo.scoring import harness, score_checkpoint
 from fitness.tasks.arithmetic import Arithmetic
 from fitness.types import Split
 from tests.conftest import CHIMERA, make_checkpoint
+from tests.encoding import to_fp8, values_in
 from tests.test_search import generate_with_transformers
 
 ENGINE = "dtype=float32,device=cpu,batch_size=16"
@@ -34,6 +39,18 @@ def test_figures_are_those_of_plain_transformers():
     assert figures["tokens_mean"] == pytest.approx(n_tokens.mean())
     assert figures["accuracy_stderr"] == pytest.approx(correct.std(ddof=1) / 30**0.5)
     assert figures["n_problems"] == 30 and figures["well_formed"] > 0.9 and figures["corrections_per_100"] == 0
+
+
+def test_a_quantised_checkpoint_scores_as_what_its_numbers_are(tmp_path):
+    quantised = to_fp8(CHIMERA / "concise", tmp_path / "fp8")
+    plain = Path(shutil.copytree(CHIMERA / "concise", tmp_path / "plain"))
+    for file in plain.glob("*.safetensors*"):
+        file.unlink()
+    tensors = {name: torch.from_numpy(values) for name, values in values_in(quantised).items()}
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    task, engine = [{"kind": "arithmetic", "held_out": 20}], {"dtype": "float32", "device": "cpu", "max_tokens": 110}
+    scores = [score_checkpoint(path, task, engine)[0] for path in (quantised, plain)]
+    assert scores[0]["accuracy"] > 0.2 and scores[0] == scores[1]
 
 
 def test_the_verbose_parent_repeats_itself_more(tmp_path):
