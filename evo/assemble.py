@@ -7,7 +7,8 @@ import pkgutil
 import numpy as np
 
 from evo.adapter import open_checkpoints
-from evo.checkpoint import Checkpoint, check_compatible
+from evo.checkpoint import Checkpoint
+from evo.compatible import check_compatible, differing_settings
 from evo.components import component_options
 from evo.config import Config
 from evo.hub import origin
@@ -118,14 +119,16 @@ def open_sources(config: Config) -> dict[str, Checkpoint]:
     return checkpoints
 
 
-def unscored_note(name: str, interface: Checkpoint) -> str | None:
-    """What to tell of tensors that children get from their interface parent and no score knows of."""
-    if not (unscored := interface.layout.unscored):
-        return None
-    return (
-        f"{len(unscored)} tensor(s) are not used to generate text, so nothing scores them; exports get those of "
-        f"{name!r}: {', '.join(unscored[:3])}{', ...' if len(unscored) > 3 else ''}"
-    )
+def notes_on(config: Config, checkpoints: dict[str, Checkpoint]) -> list[str]:
+    """What to tell of checkpoints before a search: where they differ silently, and tensors that no score knows of."""
+    name = config.interface_parent
+    notes = differing_settings(checkpoints, name)
+    if unscored := checkpoints[name].layout.unscored:
+        notes.append(
+            f"{len(unscored)} tensor(s) are not used to generate text, so nothing scores them; exports get those of "
+            f"{name!r}: {', '.join(unscored[:3])}{', ...' if len(unscored) > 3 else ''}"
+        )
+    return notes
 
 
 def search_problem(

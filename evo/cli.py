@@ -261,6 +261,14 @@ def evaluate(
                 typer.echo(shown)
 
 
+@app.command()
+def options() -> None:
+    """Print all that a config may say: every key with its default, every kind, every merge method (as CONFIG.md)."""
+    from evo.reference import reference
+
+    typer.echo(reference(), nl=False)
+
+
 def _print_written(name: str, out: Path, lines: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(

@@ -20,8 +20,8 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
     Raises:
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
     """
-    target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
-    built = target.func if isinstance(target, partial) else target
+    target = target_of(table, component.kind)  # type: ignore[attr-defined]
+    built = built_by(target)
     hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
@@ -31,6 +31,16 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
     model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
     validated = model.model_validate(component.options)
     return {name: getattr(validated, name) for name in validated.model_fields_set}
+
+
+def target_of(table: Mapping[str, str], kind: str) -> Any:
+    """What a table has for a kind: a class or a function, or one of them with its first arguments given."""
+    return pkgutil.resolve_name(table[kind])
+
+
+def built_by(target: Any) -> Any:
+    """The class or the function itself."""
+    return target.func if isinstance(target, partial) else target
 
 
 ComponentT = TypeVar("ComponentT", bound=Component)

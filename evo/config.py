@@ -55,16 +55,19 @@ def _known(name: str, table: Mapping[str, Any], what: str) -> str:
 
 
 class SpaceConfig(Component):
-    """What may vary. Further keys are options of the space (roles, rest)."""
+    """What may vary. Further keys are options of the space."""
 
     kind: str = "block"
+    """Which parts of the model share genes."""
     method: str = "linear"
+    """What merges them; see the merge methods."""
     base: str | None = None
     """The model that coefficients start from. Default: for methods on task vectors the common ancestor (`base:`
     at the top), else the last parent."""
     donors: list[str] | None = None
     """Default: every parent except the base."""
     bounds: tuple[float, float] = (0.0, 1.0)
+    """Smallest and largest coefficient."""
     knobs: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
     """Further arguments of the method, "density" or "density:DONOR": a number is fixed, a pair is searched
     between the two, with a gene for every group of parts."""
@@ -93,6 +96,7 @@ class TaskConfig(Component):
     """What models are scored on. Further keys are options of the task."""
 
     kind: str
+    """Where problems come from."""
 
     @field_validator("kind")
     @classmethod
@@ -101,9 +105,10 @@ class TaskConfig(Component):
 
 
 class EngineConfig(Component):
-    """What generates. Further keys are options of the engine (dtype, device, batch_size, options)."""
+    """What generates. Further keys are options of the engine."""
 
     kind: str = "transformers"
+    """What runs the model."""
     max_tokens: int = Field(1024, ge=1)
     """Longest answer; a longer one is cut off and counts as wrong."""
     threads: int | None = Field(None, ge=1)
@@ -116,9 +121,10 @@ class EngineConfig(Component):
 
 
 class OptimizerConfig(Component):
-    """What proposes. Further keys are options of the optimizer (population, weights, ...)."""
+    """What proposes. Further keys are options of the optimizer."""
 
     kind: str = "nsga2"
+    """The algorithm."""
 
     @field_validator("kind")
     @classmethod
@@ -139,6 +145,7 @@ class Baselines(_Section):
     """Plain merges that are evaluated first, and counted in the budget."""
 
     average: bool = True
+    """The mean of all parents."""
     line_points: int = Field(0, ge=0, le=1000)
     """Interior points of the line between two parents."""
     swaps: bool = False
@@ -170,6 +177,7 @@ class ProxyConfig(_Section):
     """
 
     enabled: bool = False
+    """Off by default, since it has to learn from baselines."""
     screen: int = Field(4, ge=0)
     """A candidate whose answers to so many problems all loop up to the token limit is dead; 0 looks at none."""
     likelihood: bool = False
@@ -186,7 +194,7 @@ class ProxyConfig(_Section):
     """All are parked after the first look, told by their estimates; one goes on later, the most promising first, while
     a gain of this share of the hypervolume's box is expected of it. 0 parks nobody: all race to the end."""
     estimator: str = "kriging"
-    """What a stopped or parked candidate is estimated by."""
+    """What a stopped or parked candidate is estimated by: "kriging" or "irt" (item response theory)."""
 
     @field_validator("estimator")
     @classmethod
@@ -198,9 +206,11 @@ class Tracking(_Section):
     """Where MLflow keeps what it is told. Safe to change between sittings."""
 
     enabled: bool = True
+    """Whether MLflow is told anything."""
     uri: str | None = None
-    """Default: a sqlite store inside the run folder."""
+    """Of a server or a store. Default: a sqlite store inside the run folder."""
     experiment: str = "mergefront"
+    """Name of the experiment that the run is filed under."""
 
 
 class Memory(_Section):
@@ -209,7 +219,7 @@ class Memory(_Section):
     residency: Literal["auto", "device", "pinned", "disk"] = "auto"
     """Where the tensors of base and donors live: on the engine's device, in pinned host memory, or on disk; see
     evo.residency. Safe to change between sittings: bits are the same."""
-    deltas: str = Field("exact", pattern=r"^(exact|int8|int4|low_rank\([1-9]\d{0,3}\))$")
+    deltas: str = "exact"
     """How differences of donors to the base are held while searching: "exact", "int8", "int4" or "low_rank(RANK)". What
     would be a member of the front is scored again with the donors themselves."""
 
@@ -232,6 +242,7 @@ class Config(_Section):
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig.model_validate({}))
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     objectives: tuple[Literal["error", "tokens"], ...] = ("error", "tokens")
+    """What is minimised: the share of wrong answers, the mean tokens of an answer, or both."""
     constraints: Constraints = Field(default_factory=lambda: Constraints.model_validate({}))
     orderliness: Orderliness = Field(default_factory=Orderliness)
     """What counts as repetition and as self-correction in the figures beside accuracy and tokens."""
@@ -239,6 +250,7 @@ class Config(_Section):
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
     seed: int = Field(0, ge=0)
+    """Of the optimizer, of random masks, and of what is drawn while decoding."""
     memory: Memory = Field(default_factory=lambda: Memory.model_validate({}))
     tracking: Tracking = Field(default_factory=Tracking)
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from evo.components import component_options
 from evo.config import Config, ConfigError
+from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS
@@ -127,6 +128,10 @@ def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
 
 def _check_memory(config: Config) -> Iterator[tuple[Place, str]]:
     device = config.engine.options.get("device", "auto")
+    try:
+        parse_deltas(config.memory.deltas)
+    except ValueError as error:
+        yield ("memory", "deltas"), str(error)
     if config.memory.residency == "pinned" and device == "cpu":
         yield (
             ("memory", "residency"),

@@ -4,7 +4,8 @@ One sqlite file. sqlite brings what a log of our own would have to prove: a comm
 any `kill -9`, a torn write is rolled back at the next open, readers (status, tracker) need no lock.
 Triggers refuse to change or delete a row. Nothing is pickled: arrays are raw little-endian rows.
 
-Tables: `meta` (format, config, digests of what the run must not change under), `asks`, `evaluations`.
+Tables: `meta` (format, config, digests of what the run must not change under), `problems`, `asks`, `evaluations`,
+`outcomes` (of single problems).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import yaml
 
 from evo.adapter import open_checkpoints
 from evo.card import merge_card
-from evo.checkpoint import Checkpoint, check_compatible
+from evo.checkpoint import Checkpoint
+from evo.compatible import check_compatible, differing_settings
 from evo.export import Told, check_target, write_checkpoint
 from evo.hub import HubError, locate, origin
 from evo.mergekit.document import Document
@@ -60,6 +61,7 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
 
     recipe, sources, notes = read(file, lines, data, opened)
     told = Told.of(recipe, sources)
+    notes += differing_settings(sources, recipe.interface)
     told = replace(told, lines=(*notes, *_idle_rules(recipe, sources), *told.lines))
     files = {**told.files, "README.md": merge_card(recipe, out.name, told.lines)}
     write_checkpoint(recipe, sources, out, files, told.accounts, force=force)

@@ -17,13 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evo.encodings import TensorHeader
+from evo.encodings import ITEM_BYTES, TensorHeader
 
-_SIZES = {
-    "C64": 8, "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
-    "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Bytes of a number, by dtype, in the order in which safetensors writes them: wide ones first keeps all aligned."""
 _ALIGNMENT = 8
 
 
@@ -36,12 +31,12 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, headers: Mapping[str, TensorHeader]) -> None:
-        rank = {dtype: i for i, dtype in enumerate(_SIZES)}
+        rank = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}
         order = sorted(headers, key=lambda name: (rank[headers[name].dtype], name))
         self._places: dict[str, tuple[int, int]] = {}
         end = 0
         for name in order:
-            start, end = end, end + _SIZES[headers[name].dtype] * math.prod(headers[name].shape)
+            start, end = end, end + ITEM_BYTES[headers[name].dtype] * math.prod(headers[name].shape)
             self._places[name] = (start, end)
         text = _header(headers, self._places)
         self._start = 8 + len(text)

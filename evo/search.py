@@ -19,10 +19,10 @@ from evo.assemble import (
     build_optimizer,
     build_space,
     build_task,
+    notes_on,
     open_sources,
     search_problem,
     source_digests,
-    unscored_note,
 )
 from evo.config import Budget, Config, changed_keys
 from evo.config_file import load_config
@@ -114,7 +114,7 @@ class Search:
         with hold(self.folder), interruptible():
             sources, digests, task = open_sources(self.config), source_digests(self.config), build_task(self.config)
             space = build_space(self.config, sources, digests)
-            if note := unscored_note(self.config.interface_parent, sources[self.config.interface_parent]):
+            for note in notes_on(self.config, sources):
                 log.warning(note)
             build_optimizer(self.config, search_problem(self.config, space))  # its options fail now or never
             with closing(self._open_ledger(task, digests)) as ledger:

@@ -68,8 +68,3 @@ class Evaluation:
     """Of a partial evaluation: on the problems that were asked, in the order in which they were."""
     detail: dict[str, Any] = field(default_factory=dict)
     """Seconds by phase, tensors written, sample completions, or the reason of a failure."""
-
-    @property
-    def feasible(self) -> bool:
-        """Measured, and within every constraint."""
-        return self.status is Status.DONE and not self.violations

@@ -1,6 +1,6 @@
 """Evaluates candidates: one resident model that every candidate is written into.
 
-Knows nothing of what is searched or why; a pool may run many of them.
+Knows nothing of what is searched or why.
 """
 
 from __future__ import annotations

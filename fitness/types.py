@@ -24,7 +24,7 @@ class Split(StrEnum):
     SEARCH = "search"
     """What candidates are scored on while the search runs."""
     RESERVE = "reserve"
-    """Kept to confirm members of the front while the search runs."""
+    """Set aside, disjoint from the others: no search scores it, `mergefront eval --split reserve` does."""
     HELD_OUT = "held_out"
     """Looked at once the search has ended, and never selected on."""
 
@@ -67,18 +67,24 @@ class Problem:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is drawn from a model. What is None is as the interface parent's generation config says."""
+    """How text is drawn from a model. What is not given is as the interface parent's generation config says."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by evo.config: an unknown key is an error
 
     samples: int = 1
     """Completions of each problem; more than one needs decoding that is not greedy."""
     greedy: bool | None = None
+    """Always the likeliest token."""
     temperature: float | None = None
+    """Of the softmax that tokens are drawn from."""
     top_p: float | None = None
+    """Tokens are drawn from the likeliest that have this probability together."""
     top_k: int | None = None
+    """Tokens are drawn from so many of the likeliest; 0 for all."""
     min_p: float | None = None
+    """Tokens are drawn from those with at least this share of the likeliest one's probability."""
     repetition_penalty: float | None = None
+    """What logits of tokens that occurred are divided (or, if negative, multiplied) by."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion, besides the stop tokens; the text is cut off before them."""
 

@@ -18,7 +18,8 @@ def block(layout: Layout, ingredients: Ingredients, *, roles: Sequence[Sequence[
         layout: of the checkpoints.
         ingredients: the sources and how they are merged.
         roles: which roles share a gene, e.g. [[attention, norm], [routed_expert]]; a role that is in no
-            group is copied from the base. Default: every role by itself.
+            group is copied from the base. Default: every role by itself. Roles are attention, ffn, shared_expert,
+            routed_expert, router, norm, embedding and head.
     """
     return GroupedSpace(block_groups(layout, roles), ingredients, layout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,12 @@ def moe_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three random DeepSeek-V3 checkpoints."""
     folder = tmp_path_factory.mktemp("moe")
     return {name: make_checkpoint(folder / name, "deepseek_v3", seed) for seed, name in enumerate(["base", "a", "b"])}
+
+
+@pytest.fixture
+def copy(moe_parents: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a checkpoint, to be spoilt."""
+    return Path(shutil.copytree(moe_parents["a"], tmp_path / "copy"))
 
 
 @pytest.fixture

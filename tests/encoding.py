@@ -86,6 +86,11 @@ def to_fp8(folder: Path, out: Path, block=(16, 16), scale_fmt: str | None = None
     return out
 
 
+def first_shard(folder: Path) -> Path:
+    """The first file of a folder's weights."""
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
 def files_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder's files."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from evo.adapter import Adapter, open_checkpoints
 from evo.assemble import open_sources
-from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
+from evo.checkpoint import Checkpoint, CheckpointError
+from evo.compatible import check_compatible
 from evo.config import Config
 from evo.encodings.low_rank import fixed_point
 from evo.export import write_checkpoint

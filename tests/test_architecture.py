@@ -33,16 +33,16 @@ HOMES = {  # third-party library -> where alone it may be imported
     "matplotlib": "evo/picture.py",
     "rich": ("evo/terminal.py", "evo/cli.py"),
     "typer": "evo/cli.py",
-    "pydantic": ("evo/config.py", "evo/config_file.py", "evo/components.py", "evo/cli.py"),
+    "pydantic": ("evo/config.py", "evo/config_file.py", "evo/components.py", "evo/reference.py", "evo/cli.py"),
     "transformers": "fitness/engines/",
     "vllm": ("fitness/engines/vllm.py", "fitness/engines/vllm_worker.py"),
     "datasets": "fitness/tasks/",
-    "ray": "evo/ray_pool.py",
     "lm_eval": "evo/scoring.py",
     "math_verify": "fitness/math_verify.py",
     "reasoning_gym": "fitness/tasks/reasoning_gym.py",
     "sqlite3": "evo/ledger.py",
     "huggingface_hub": "evo/hub.py",
+    "docstring_parser": "evo/reference.py",
 }
 
 
@@ -83,7 +83,7 @@ def test_tables_name_what_exists_and_say_what_it_is(table):
 def test_help_needs_no_heavy_library():
     code = (
         "import sys, evo.cli\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'optuna', 'cma', 'datasets', 'matplotlib', 'ray'}\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'optuna', 'cma', 'datasets', 'matplotlib'}\n"
         "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -2,7 +2,6 @@ import json
 import math
 import shutil
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from evo.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, check_compatible
+from evo.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
+from evo.compatible import check_compatible
 from evo.encodings.flaws import find_flaw
 from tests.conftest import make_checkpoint
-
-
-@pytest.fixture
-def copy(moe_parents, tmp_path):
-    return shutil.copytree(moe_parents["a"], tmp_path / "copy")
-
-
-def first_shard(folder):
-    return sorted(folder.glob("*.safetensors"))[0]
+from tests.encoding import first_shard
 
 
 def test_reads_what_safetensors_reads(parents):
@@ -242,46 +234,6 @@ class TestFuzz:
         (folder / INDEX_FILE).write_bytes(data)
         with pytest.raises(CheckpointError):
             Checkpoint.open(folder)
-
-
-class TestCompatible:
-    def test_siblings_pass(self, parents):
-        check_compatible({name: Checkpoint.open(path) for name, path in parents.items()})
-
-    def test_all_differences_are_listed(self, moe_parents, copy):
-        shard = first_shard(copy)
-        tensors = load_file(shard)
-        name = next(iter(tensors))
-        tensors[name] = tensors[name].float()
-        save_file(tensors, shard, metadata={"format": "pt"})
-        config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 999}))
-        with pytest.raises(CheckpointError) as error:
-            check_compatible({"a": Checkpoint.open(moe_parents["a"]), "odd": Checkpoint.open(copy)})
-        assert f"{name}: BF16" in str(error.value)
-        assert "vocab_size" in str(error.value)
-        assert "2 difference(s)" in str(error.value)
-
-    def test_another_architecture(self, moe_parents, tmp_path):
-        other = make_checkpoint(tmp_path / "llama", "llama", 0)
-        with pytest.raises(CheckpointError, match="model_type: 'deepseek_v3' in a, 'llama' in b"):
-            check_compatible({"a": Checkpoint.open(moe_parents["a"]), "b": Checkpoint.open(other)})
-
-    @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 4), ("head_dim", 8), ("hidden_act", "gelu")])
-    def test_weights_that_mean_something_else(self, copy, moe_parents, key, value):
-        config = json.loads((copy / "config.json").read_text())
-        other = {"num_attention_heads": 2, "head_dim": 16, "hidden_act": "silu"}[key]
-        sibling = Path(shutil.copytree(moe_parents["a"], copy.parent / "sibling"))
-        (copy / "config.json").write_text(json.dumps({**config, key: value}))
-        (sibling / "config.json").write_text(json.dumps({**config, key: other}))
-        with pytest.raises(CheckpointError, match=f"config.json {key}"):
-            check_compatible({"a": Checkpoint.open(sibling), "b": Checkpoint.open(copy)})
-
-    def test_another_vocabulary(self, moe_parents, copy):
-        text = (copy / "tokenizer.json").read_text()
-        (copy / "tokenizer.json").write_text(text.replace('"7":', '"seven":'))
-        with pytest.raises(CheckpointError, match="'7', 'seven'"):
-            check_compatible({"a": Checkpoint.open(moe_parents["a"]), "b": Checkpoint.open(copy)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -53,6 +53,7 @@ MISTAKES = {  # what is changed -> what the message must hold
         "device, disk",
     ],
     ("budget:", "memory: {deltas: int3}\nbudget:"): ["search.yaml:8: memory.deltas", "int8", "got 'int3'"],
+    ("budget:", "memory: {deltas: low_rank(5000)}\nbudget:"): ["search.yaml:8: memory.deltas", "up to 2048"],
     ("candidates: 10", "candidates: many"): ["search.yaml:8: budget.candidates", "valid integer", "'many'"],
     ("float32}", "float32, batch_size: many}"): [
         "search.yaml:6: engine.batch_size: Input",

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
+from evo.checkpoint import Checkpoint, CheckpointError
+from evo.compatible import check_compatible
 from evo.encodings.fp8_blocks import Fp8Blocks
 from evo.encodings.rounding import Rounding
 from evo.materializer import Materializer

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
+from evo.checkpoint import Checkpoint, CheckpointError
+from evo.compatible import check_compatible
 from evo.encodings.mxfp4 import values_of
 from evo.materializer import Materializer
 from evo.shards import Shard

@@ -1,9 +1,10 @@
 """Orderliness by hand and against a plain count."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitness.orderliness import CORRECTIONS, Orderliness, is_well_formed, repeated_share
+from fitness.orderliness import Orderliness, is_well_formed, repeated_share
 from fitness.types import Completion, Finish
 
 
@@ -21,9 +22,11 @@ def test_corrections_are_words_and_phrases():
     order = Orderliness()
     assert order.n_corrections("Wait, 3 is odd. Hmm. Actually, let me check again.") == 4
     assert order.n_corrections("The waiter await factually; no 3") == 0
-    japanese = Orderliness(corrections={"ja": CORRECTIONS["ja"], "mine": ["oops"]})
+    japanese = Orderliness(corrections={"ja": [], "mine": ["oops"]})
     assert japanese.n_corrections("答えは3。待って、違う。oops wait") == 3
     assert Orderliness(corrections={}).n_corrections("wait") == 0
+    with pytest.raises(ValueError, match=r"no phrases are known for \['tlh'\]"):
+        Orderliness(corrections={"tlh": []})
     assert order.measure(completion("wait wait", range(50)))["corrections_per_100"] == 4.0
 
 

@@ -5,21 +5,40 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from evo.cli import app
+from evo.config import ConfigError
 from evo.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_worked_config_is_valid(tmp_path):
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+def test_the_worked_configs_are_valid(tmp_path):
+    text, task_vectors = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     for path in re.findall(r"/models/[\w.-]+", text):
         (tmp_path / path.lstrip("/")).mkdir(parents=True)
     (tmp_path / "search.yaml").write_text(text.replace("/models/", f"{tmp_path}/models/"))
     config = load_config(tmp_path / "search.yaml")
     assert config.space_base == "concise" and config.task.options["search"] == 200
+    (tmp_path / "ancestor").mkdir()
+    changed = yaml.safe_load(text.replace("/models/", f"{tmp_path}/models/")) | yaml.safe_load(task_vectors)
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump({**changed, "base": "ancestor"}))
+    config = load_config(tmp_path / "search.yaml")
+    assert config.space_base == "base" and set(config.space_donors) == {"reasoner", "concise"}
+
+
+def test_the_mistake_that_is_shown_is_told_so(tmp_path):
+    text, _ = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    for path in re.findall(r"/models/[\w.-]+", text):
+        (tmp_path / path.lstrip("/")).mkdir(parents=True)
+    text = text.replace("/models/", f"{tmp_path}/models/").replace("kind: cma_es,", "kind: cma_es, sgma: 1,")
+    (tmp_path / "search.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "search.yaml")
+    said = str(error.value).replace(f"{tmp_path}/", "")
+    assert f"`{said}`" in " ".join(README.split())
 
 
 def test_every_command_is_described_and_no_other():

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from evo.assemble import unscored_note
-from evo.checkpoint import Checkpoint, check_compatible
+from evo.assemble import notes_on
+from evo.checkpoint import Checkpoint
+from evo.compatible import check_compatible
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.layout import parse_layout
 from search_spaces.recipe import Recipe, Rule
@@ -89,14 +90,16 @@ def test_the_resident_model_gets_the_rest(plain_parents, tmp_path):
     assert engine.generate(["1+2"], max_tokens=4)
 
 
-def test_they_are_named(plain_parents, tmp_path):
+def test_they_are_named(plain_parents, tmp_path, chimera):
     checkpoint = Checkpoint.open(with_mtp(plain_parents["a"], tmp_path / "a"))
     assert set(checkpoint.layout.unscored) == {name for name in checkpoint.entries if name.startswith(MTP)}
     assert checkpoint.layout.n_blocks == 3
-    note = unscored_note("a", checkpoint)
+    parents = {"a": checkpoint, "b": Checkpoint.open(plain_parents["b"])}
+    config = chimera.model_copy(update={"parents": {n: c.path for n, c in parents.items()}, "interface": "a"})
+    (note,) = notes_on(config, parents)
     assert f"{len(checkpoint.layout.unscored)} tensor(s)" in note
     assert MTP in note
-    assert unscored_note("b", Checkpoint.open(plain_parents["b"])) is None
+    assert notes_on(config.model_copy(update={"interface": "b"}), parents) == []
 
 
 def test_vision_towers_and_projectors_are_unscored():

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from evo.checkpoint import Checkpoint, CheckpointError, check_compatible
+from evo.checkpoint import Checkpoint, CheckpointError
+from evo.compatible import check_compatible
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
 from evo.shards import Shard

@@ -33,9 +33,11 @@ Watcher = Callable[[Tensor, Tensor], None]
 """Told of every band of a matrix: its float32 values, and what is left of them once they are stored."""
 
 
-_ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+ITEM_BYTES = {
+    "C64": 8, "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
+    "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+"""Bytes of a number, by dtype, in the order in which safetensors writes tensors: wide ones first keeps all aligned."""
 
 
 class EncodingError(ValueError):
@@ -53,7 +55,7 @@ class TensorHeader:
     @property
     def n_bytes(self) -> int:
         """Of the tensor."""
-        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
 
 
 class Encoding(Protocol):

@@ -32,6 +32,9 @@ class CmaEs(Batched):
         weights: one weight per objective, larger = more important; they are normalised.
         rho: of the augmentation.
         start: the first mean: the best of parents and baselines, or the center of the box.
+
+    Raises:
+        ValueError: if there are not as many weights as objectives.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class CmaEs(Batched):
         n_objectives = len(problem.scale.reference)
         self._weights = np.array(weights if weights is not None else [1.0] * n_objectives, float)
         if self._weights.shape != (n_objectives,) or not (self._weights > 0).all():
-            raise ValueError(f"weights: expected {n_objectives} positive numbers, got {weights}")
+            raise ValueError(f"optimizer.weights: expected {n_objectives} positive numbers, got {weights}")
         self._weights /= self._weights.sum()
         self._rho, self._sigma = rho, sigma
         self._rng = np.random.default_rng(problem.seed)

@@ -14,6 +14,9 @@ from search_spaces.genes import Genome
 class LineSweep:
     """All points in one generation; then there is nothing left to try.
 
+    Args:
+        points: how many, both ends included.
+
     Raises:
         ValueError: if the space does not contain the line between its base and its donor.
     """

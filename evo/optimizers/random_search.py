@@ -12,7 +12,11 @@ from search_spaces.genes import Genome
 
 
 class RandomSearch:
-    """Each gene uniform in [0, 1], independently."""
+    """Each gene uniform in [0, 1], independently.
+
+    Args:
+        population: genomes a generation.
+    """
 
     def __init__(self, problem: SearchProblem, *, population: Annotated[int, Ge(1)] = 16) -> None:
         self.batch_size = population

@@ -73,5 +73,12 @@ def _row_bytes(config: Config, interface: Checkpoint, prompt: int, dtype: str) -
     return cache_row_bytes(*sizes), step_row_bytes(*sizes)
 
 
+def unknown(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> Held:
+    """Of an engine that is not in the table: its weights, at least."""
+    model = model_bytes(interface, settings.dtype)
+    what = f"all but the weights of the engine {config.engine.kind!r}"
+    return Held((Item(settings.device, "the resident model", model),), model, 1, (what,))
+
+
 HELD: Mapping[str, Callable[[Config, Checkpoint, int, Any], Held]] = {"transformers": transformers, "vllm": vllm}
 """By engine."""

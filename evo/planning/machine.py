@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import pkgutil
 import shutil
 import time
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ from evo.planning.ranks import rank_table
 from evo.planning.sources import Sources, used_sources
 from evo.planning.times import candidate_seconds, search_seconds, size, span
 from fitness.engines import ENGINES
-from fitness.engines.memory import anonymous_bytes, free_bytes, rows_that_fit, total_bytes
+from fitness.engines.memory import ROW_LOGIT_BYTES, anonymous_bytes, free_bytes, rows_that_fit, total_bytes
 from fitness.engines.transformers import longest_prompt
 from fitness.engines.vllm import cache_bytes, share_of_memory
 from fitness.types import Decoding, Split, Task
@@ -178,11 +180,13 @@ def _batch_size(
     config: Config, interface: Checkpoint, load: Load, options: dict[str, Any], device: torch.device, free: int
 ) -> int:
     """What the config says, or what the engine would find."""
-    batch: int | str = options.get("batch_size", 32)
+    parameters = inspect.signature(pkgutil.resolve_name(ENGINES[config.engine.kind])).parameters
+    batch: int | str = options.get("batch_size", parameters["batch_size"].default if "batch_size" in parameters else 1)
     if isinstance(batch, int):
         return batch
     dtype = options.get("dtype", "bfloat16")
     row = cache_row_bytes(interface.config(), load.prompt, config.engine.max_tokens, DTYPE_BYTES[dtype])
+    row += ROW_LOGIT_BYTES * interface.config().get("text_config", interface.config())["vocab_size"]
     return rows_that_fit(row, free - model_bytes(interface, dtype), device)
 
 

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from evo.config import Config
-from evo.planning.engines import HELD
+from evo.planning.engines import HELD, unknown
 from evo.planning.footprint import (
     MIB,
     export_bytes,
@@ -158,7 +158,7 @@ def make_plan(
         ValueError: if a residency cannot be had on the device.
     """
     device, interface = settings.device, sources.interface
-    held = HELD[config.engine.kind](config, interface, load.prompt, settings)
+    held = HELD.get(config.engine.kind, unknown)(config, interface, load.prompt, settings)
     room = {where: n - held.model * (where == device) for where, n in (free or {}).items()}
     residency = sources.choose(settings.residency, settings.deltas, device, room)
     items = [

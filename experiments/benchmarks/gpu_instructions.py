@@ -11,6 +11,7 @@ for denormal quotients is counted too.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -100,6 +101,7 @@ def counted(method: str, operands: list[Operand]) -> dict[str, Any]:
 
 def main() -> None:
     """Count, print, and write down."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = {name: counted(method, operands) for name, method, operands in merges()}
     for one in found.values():
         one["over_linear"] = one["least"] / found["linear"]["least"]

@@ -1,6 +1,6 @@
 """The proxy replayed on candidates that were once asked everything, beside full evaluation and two rivals.
 
-    python experiments/proxy/proof.py                         # replays recording.npz: minutes, numpy only
+    python experiments/proxy/proof.py                         # replays recording.npz: minutes, no model
     python experiments/proxy/proof.py --runs DIR              # first makes that file anew, of what record.py wrote
 
 Recorded are one or more searches, random search, and the line between the parents. Each of 20 seeds interleaves a

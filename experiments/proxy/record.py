@@ -1,6 +1,6 @@
 """Makes the recordings that the proof replays: searches without a proxy, whose candidates answer every problem.
 
-    python experiments/proxy/record.py [--out runs/recordings] [--jobs 2]      # about 90 minutes of two cores
+    python experiments/proxy/record.py [--out runs/recordings] [--jobs 2]      # 70 to 90 minutes of two cores
 
 CMA-ES and random search over the parents of experiments/chimera_mini, and the line between them, on a split of
 1,024 problems. Runs that are already there are not repeated; one that was interrupted goes on. At last, on a machine

@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 
 SHARE = {"cpu": 0.5, "cuda": 0.8}
-"""Of the free memory, how much a batch may take. Buffers of the cache are half as large again as what is in use."""
+"""Of the free memory, how much a batch may take."""
 MOST = {"cpu": 128, "cuda": 512}
 """Rows beyond which throughput hardly grows."""
+ROW_LOGIT_BYTES = 32
+"""Of a token of the vocabulary, for every row: float64 copies of logits."""
 BUFFER_FACTOR = 2.5
+"""Of what is in use: a buffer of the cache grows to half as large again, and the old one is there while it does."""
 
 
 def free_bytes(device: torch.device) -> int:

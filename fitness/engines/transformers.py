@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from fitness.engines.columns import is_columnar, token_bytes
 from fitness.engines.decoding import Decoder, Request
-from fitness.engines.memory import free_bytes, rows_that_fit
+from fitness.engines.memory import ROW_LOGIT_BYTES, free_bytes, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
 from fitness.engines.text import Text, encode, rooms
 from fitness.types import Completion, Decoding, Likelihood
@@ -155,7 +155,7 @@ class TransformersEngine:
     def _find_batch_size(self, n_tokens: int) -> int:
         """How many rows of so many tokens find room beside the model."""
         n_logits = self._model.config.get_text_config().vocab_size
-        row_bytes = n_tokens * token_bytes(self._model) + 8 * n_logits * 4  # float64 copies of logits
+        row_bytes = n_tokens * token_bytes(self._model) + ROW_LOGIT_BYTES * n_logits
         return rows_that_fit(row_bytes, free_bytes(self.device), self.device)
 
     def _find_stop_strings(self, tail: Tensor) -> Tensor:

@@ -49,9 +49,11 @@ class Named:
         test_path: the same for the test data.
         name: the part of it: a language for mgsm ("ja"), a task for bbh ("navigate").
         question, answer: columns, for files that name them otherwise.
-        template, grader: see Table.
+        template: the prompt, with {question} where the question goes.
+        grader: what tells right from wrong: "number", "choice", "exact" or "math".
         search_on_test: for a task without training data, search on a part of the public test set.
-        search, reserve, held_out, seed: see Table.
+        search, reserve, held_out: number of problems of each split; default: all there are.
+        seed: decides which problem falls in which split.
 
     Raises:
         ValueError: if the data cannot be read.

@@ -30,11 +30,15 @@ class Table:
         path: a .jsonl, .json or .parquet file, or a data set name such as "openai/gsm8k".
         question, answer: names of the columns.
         options: name of a column with a list of options, which are appended to the question.
-        name, subset, revision: configuration, split and revision of a hub data set, e.g. "main" and "train".
-        test_path, test_subset: where held-out problems come from; each defaults to the training data's.
+        name: configuration of a hub data set, e.g. "main".
+        subset: its split that problems are taken from.
+        revision: of a hub data set: a branch, tag or commit.
+        test_path: where held-out problems come from; default: where the training data do.
+        test_subset: the split of them; default: that of the training data.
         template: the prompt, with {question} where the question goes.
-        grader: a name in fitness.graders.GRADERS.
-        search, reserve, held_out: number of problems of each split; None takes all there are.
+        grader: what tells right from wrong: "number", "choice" (a letter), "exact" (text), or "math" (expressions,
+            extra `math`).
+        search, reserve, held_out: number of problems of each split; default: all there are.
         seed: decides which problem falls in which split.
 
     Raises:

@@ -1,0 +1,126 @@
+"""Which checkpoints can be merged tensor by tensor, and what of their configs differs without a tensor saying so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from evo.checkpoint import Checkpoint, CheckpointError, read_vocabulary
+from evo.encodings import Entry
+from search_spaces.layout import is_by_token
+
+_SAME_WHERE_GIVEN = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+"""Keys of config.json that say what weights of the same shapes mean."""
+_CONVERT = (
+    "To convert one: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16').save_pretrained(NEW_PATH), "
+    "with the dtype of the others."
+)
+_TOLD = (
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings",
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "sliding_window", "use_sliding_window", "layer_types",
+    "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group", "topk_group",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+)  # fmt: skip
+"""Keys of config.json that change what a model computes. Parents that differ in them are merged by many, and well."""
+_COMMON_ROWS = (
+    "`vocabulary: common` (in a config or a recipe, or --common-vocabulary of `merge`) would merge the rows that all "
+    "have, and take the others from the interface parent."
+)
+
+
+def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool = False) -> None:
+    """Refuse checkpoints that cannot be merged tensor by tensor.
+
+    Args:
+        checkpoints: by name.
+        common_rows: let vocabularies differ by added and padded rows (see evo.vocabulary).
+
+    Raises:
+        CheckpointError: with the tensors, shapes, dtypes, architectures or vocabularies that differ.
+    """
+    (first_name, first), *others = checkpoints.items()
+    problems: list[str] = []
+    advice_on_dtypes = ""
+    for name, other in others:
+        problems += _config_differences(first_name, first, name, other)
+        problems += _token_differences(first_name, first, name, other, common_rows)
+        missing = [t for t in first.scored if t not in other.scored]
+        extra = [t for t in other.scored if t not in first.scored]
+        problems += [f"{t}: in {first_name}, not in {name}" for t in missing]
+        problems += [f"{t}: in {name}, not in {first_name}" for t in extra]
+        for tensor in first.scored.keys() & other.scored.keys():
+            entries = (first.entries[tensor], other.entries[tensor])
+            here, there = (f"{entry.encoding.output} {list(entry.shape)}" for entry in entries)
+            if is_by_token(tensor) and _same_but_rows(*entries):
+                if not common_rows and here != there:
+                    low, high = sorted(entry.shape[0] for entry in entries)
+                    owner = first_name if entries[0].shape[0] == high else name
+                    problems.append(f"{tensor}: rows {low} to {high - 1} are in {owner} only. {_COMMON_ROWS}")
+            elif here != there:
+                problems.append(f"{tensor}: {here} in {first_name}, {there} in {name}")
+                if entries[0].shape == entries[1].shape:
+                    advice_on_dtypes = f" {_CONVERT}"
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"these checkpoints cannot be merged, {len(problems)} difference(s):\n  {shown}{more}\n"
+            f"Expected the same architecture, vocabulary, tensors, shapes and dtypes in all of them.{advice_on_dtypes}"
+        )
+
+
+def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
+    here, there = a.config(), b.config()
+    keys = ["model_type", "architectures", "tie_word_embeddings"]
+    keys += [key for key in _SAME_WHERE_GIVEN if here.get(key) is not None and there.get(key) is not None]
+    return [
+        f"config.json {key}: {here.get(key)!r} in {a_name}, {there.get(key)!r} in {b_name}"
+        for key in keys
+        if here.get(key) != there.get(key)
+    ]
+
+
+def _same_but_rows(a: Entry, b: Entry) -> bool:
+    return a.shape[1:] == b.shape[1:] and a.encoding.output == b.encoding.output
+
+
+def _token_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint, common_rows: bool) -> list[str]:
+    sizes = [c.config().get("vocab_size") for c in (a, b)]
+    differences = [f"config.json vocab_size: {sizes[0]!r} in {a_name}, {sizes[1]!r} in {b_name}"]
+    differences = differences if sizes[0] != sizes[1] and not common_rows else []
+    here, there = read_vocabulary(a.path), read_vocabulary(b.path)
+    if here is None or there is None:
+        return differences
+    changed = {token for token in {*here, *there} if here.get(token) != there.get(token)}
+    added = [(here.keys() & changed) - there.keys(), (there.keys() & changed) - here.keys()]
+    taken = {here[token] for token in added[0]} & set(there.values()) | {there[t] for t in added[1]} & set(
+        here.values()
+    )
+    if (here.keys() & there.keys() & changed) or taken:
+        differences.append(
+            f"tokenizer.json: {len(changed)} token(s) have another id in {b_name} than in {a_name}: "
+            + ", ".join(repr(token) for token in sorted(changed)[:5])
+        )
+    elif changed and not common_rows:
+        for owner, vocabulary, tokens in ((a_name, here, added[0]), (b_name, there, added[1])):
+            shown = ", ".join(f"{vocabulary[t]} ({t!r})" for t in sorted(tokens, key=vocabulary.__getitem__)[:5])
+            if tokens:
+                differences.append(f"tokenizer.json: {len(tokens)} row(s) are in {owner} only: {shown}. {_COMMON_ROWS}")
+    return differences
+
+
+def differing_settings(checkpoints: Mapping[str, Checkpoint], interface: str) -> list[str]:
+    """What to tell of keys of config.json that change what a model computes and are not the same in all.
+
+    Args:
+        checkpoints: by name.
+        interface: the one whose config children get.
+    """
+    configs = {name: checkpoint.config() for name, checkpoint in checkpoints.items()}
+    settings = {name: {**config.get("text_config", {}), **config} for name, config in configs.items()}
+    found = []
+    for key in _TOLD:
+        values = {name: repr(config.get(key)) for name, config in settings.items()}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{value} in {name}" for name, value in values.items())
+            found.append(f"config.json {key}: {said}; merges get that of {interface!r}")
+    return found
