@@ -107,6 +107,12 @@ def source_digests(config: Config) -> dict[str, str]:
     return {name: checkpoint.digest() for name, checkpoint in open_checkpoints(config.sources).items()}
 
 
+def file_stamps(config: Config) -> list[tuple[str, int, int]]:
+    """Size and time of every file of weights of a config: what shows at once that one has been written to."""
+    files = [file for folder in config.sources.values() for file in sorted(folder.glob("*.safetensors"))]
+    return [(str(file), status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+
+
 def open_sources(config: Config) -> dict[str, Checkpoint]:
     """Open every checkpoint of a config and check that they can be merged.
 
@@ -152,9 +158,11 @@ def first_candidates(config: Config, space: SearchSpace, sources: dict[str, Sour
     mixtures: list[tuple[str, Origin, dict[str, float]]] = [(p, Origin.PARENT, {p: 1.0}) for p in parents]
     if config.baselines.average:
         mixtures.append(("average", Origin.BASELINE, {p: 1.0 / len(parents) for p in parents}))
-    for share in map(float, np.linspace(0.0, 1.0, config.baselines.line_points + 2)[1:-1]):
+    n_points = config.baselines.line_points
+    n_digits = max(3, len(str(n_points)) + 1)  # tells neighbours apart
+    for share in map(float, np.linspace(0.0, 1.0, n_points + 2)[1:-1]):
         line = {parents[0]: share, parents[-1]: 1.0 - share}
-        mixtures.append((f"line-{share:.3g}", Origin.BASELINE, line))
+        mixtures.append((f"line-{share:.{n_digits}g}", Origin.BASELINE, line))
     interface = config.interface_parent
     found = [
         Candidate(i, name, origin, 0, _mixture(shares, sources, interface), space.uniform(shares))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -87,6 +88,10 @@ def plan(
         loaded = load_config(config)
         for line in ranks_report(loaded, ranks) if ranks else ():
             typer.echo(line)
+        if tokens is not None and not tokens <= loaded.engine.max_tokens:
+            raise ValueError(
+                f"--tokens: expected at most engine.max_tokens ({loaded.engine.max_tokens}), got {tokens:g}"
+            )
         planned = plan_search(loaded, out=out)
         for line in planned.report(tokens):
             typer.echo(line)
@@ -121,7 +126,7 @@ def front(
         if as_json:
             typer.echo(json.dumps(found.to_dict(Split.HELD_OUT if held_out else Split.SEARCH), indent=2))
         else:
-            print_front(found, held_out=held_out)
+            print_front(found, search.config.objectives, held_out=held_out)
 
 
 @app.command()
@@ -186,7 +191,7 @@ def stop(run_dir: RunDir, debug: Debug = False) -> None:
         from evo import ledger
         from evo.run_folder import holder, is_held, request_stop
 
-        if not ledger.exists(run_dir):
+        if not ledger.exists(run_dir) and not is_held(run_dir):  # none yet while parents are hashed
             raise ledger.LedgerError(f"no run in {run_dir}")
         if not is_held(run_dir):
             typer.echo(f"nothing is running in {run_dir}")
@@ -195,7 +200,7 @@ def stop(run_dir: RunDir, debug: Debug = False) -> None:
         typer.echo(f"asked {holder(run_dir)} to stop; waiting for the candidate in flight ...")
         while is_held(run_dir):
             time.sleep(0.2)
-        typer.echo(f"stopped. Go on with: mergefront run CONFIG.yaml --out {run_dir}")
+        typer.echo(f"stopped. Go on with: mergefront run CONFIG.yaml --out {shlex.quote(str(run_dir))}")
 
 
 @app.command()
@@ -238,6 +243,8 @@ def evaluate(
         from evo.scoring import harness as run_harness
         from fitness.types import Split
 
+        if limit is not None and not harness:
+            raise ValueError("--limit is for --harness; of a task, say --task NAME:held_out=N")
         if not task and not harness:
             raise ValueError("expected --task NAME, --harness TASK, or both")
         if split not in list(Split):
@@ -247,6 +254,8 @@ def evaluate(
         if task:
             tasks = [{"kind": name, **_parse_options(rest)} for name, _, rest in (text.partition(":") for text in task)]
             decoding = {"samples": samples, **({"greedy": True} if greedy else {})}
+            if said := options.keys() & {"max_tokens", "decoding"}:
+                raise ValueError(f"--engine {sorted(said)[0]}: say it as --max-tokens, --samples or --greedy")
             wanted = {"batch_size": "auto", **options, "max_tokens": max_tokens, "decoding": decoding}
             found = score_checkpoint(checkpoint, tasks, wanted, split=Split(split))
         if harness:
@@ -308,12 +317,17 @@ def _parse_options(text: str) -> dict[str, Any]:
     """
     import yaml
 
-    options = {}
+    options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"expected key=value pairs joined by commas, got {text!r}")
-        options[key.strip()] = yaml.safe_load(value)
+        if key.strip() in options:
+            raise ValueError(f"{key.strip()} is there twice in {text!r}")
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{key.strip()}: expected a number, a word or true, got {value!r}") from None
     return options
 
 
@@ -334,11 +348,13 @@ def _parse_budget(text: str | None):  # type: ignore[no-untyped-def]  # Budget, 
         for item in text.split(","):
             key, _, value = item.partition("=")
             number = float(value)
+            if key.strip() in limits:
+                raise ValueError("twice")
             limits[key.strip()] = int(number) if number.is_integer() and key.strip() != "hours" else number
         return Budget.model_validate(limits)
     except (ValueError, ValidationError):
         raise ConfigError(
-            f"--budget: expected candidates=N, tokens=N or hours=X, joined by commas, all above 0; got {text!r}"
+            f"--budget: expected candidates=N, tokens=N or hours=X, joined by commas, each once, above 0; got {text!r}"
         ) from None
 
 

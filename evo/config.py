@@ -6,6 +6,7 @@ Validated whole before anything is loaded. Knows no torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     field_validator,
     model_validator,
 )
@@ -66,7 +68,7 @@ class SpaceConfig(Component):
     at the top), else the last parent."""
     donors: list[str] | None = None
     """Default: every parent except the base."""
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: tuple[FiniteFloat, FiniteFloat] = (0.0, 1.0)
     """Smallest and largest coefficient."""
     knobs: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
     """Further arguments of the method, "density" or "density:DONOR": a number is fixed, a pair is searched
@@ -81,6 +83,13 @@ class SpaceConfig(Component):
     @classmethod
     def _method(cls, value: str) -> str:
         return _known(value, METHODS, "merge method")
+
+    @field_validator("bounds")
+    @classmethod
+    def _bounds(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError(f"expected [low, high] with low < high, got {list(value)}")
+        return value
 
     @field_validator("knobs", mode="before")
     @classmethod
@@ -249,10 +258,17 @@ class Config(_Section):
     proxy: ProxyConfig = Field(default_factory=lambda: ProxyConfig.model_validate({}))
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of the optimizer, of random masks, and of what is drawn while decoding."""
     memory: Memory = Field(default_factory=lambda: Memory.model_validate({}))
     tracking: Tracking = Field(default_factory=Tracking)
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value not in (("error", "tokens"), ("error",), ("tokens",)):
+            raise ValueError(f"expected [error, tokens], [error] or [tokens], got {list(value)}")
+        return value
 
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
@@ -260,6 +276,8 @@ class Config(_Section):
             raise ValueError("parents: 'base' is the name of the common ancestor; call this parent something else")
         if bad := [name for name in self.parents if not name.isidentifier()]:
             raise ValueError(f"parents: expected plain names (letters, digits, _), got {bad}")
+        if taken := [name for name in self.parents if name == "average" or re.fullmatch(r"c\d+", name)]:
+            raise ValueError(f"parents: {', '.join(taken)}: candidates are called so; call this parent something else")
         if self.interface is not None:
             _known(self.interface, self.sources, "parent")
         for name in [*([self.space.base] if self.space.base else []), *(self.space.donors or [])]:
@@ -296,6 +314,8 @@ class Config(_Section):
 
 SAFE_KEYS = ("budget", "tracking", "engine.threads", "memory.residency")
 """Keys that may differ when a run goes on; any other would make its results incomparable."""
+MOVABLE_KEYS = ("parents", "base")
+"""Keys that say where checkpoints are. Their content is checked by itself."""
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -305,8 +325,14 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, '(not set)')!r} when the run started, {after.get(key, '(not set)')!r} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{s}.") for s in SAFE_KEYS)
+        if before.get(key) != after.get(key)
+        and not _is_in(key, SAFE_KEYS)
+        and not (_is_in(key, MOVABLE_KEYS) and before.get(key) and after.get(key))
     ]
+
+
+def _is_in(key: str, sections: tuple[str, ...]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

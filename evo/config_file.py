@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -50,6 +51,8 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {type(data).__name__}")
+    if endless := [(place, f"expected a finite number, got {number}") for place, number in _not_finite(data)]:
+        raise ConfigError(_listed(path, lines, endless))
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
@@ -68,6 +71,15 @@ def _listed(path: Path, lines: Mapping[Place, int], found: Iterable[tuple[Place,
     for place, message in found:
         messages.setdefault(place, []).append(message)
     return "\n".join(at(path, lines, place, "; or: ".join(said)) for place, said in messages.items())
+
+
+def _not_finite(data: Any, place: Place = ()) -> Iterator[tuple[Place, float]]:
+    """Numbers that are none, or have no end, and where they are."""
+    if isinstance(data, float) and not math.isfinite(data):
+        yield place, data
+    inside = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inside:
+        yield from _not_finite(value, (*place, str(key)))
 
 
 def _check_options(config: Config) -> Iterator[dict[str, Any]]:

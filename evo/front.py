@@ -5,6 +5,7 @@ Membership is decided on the search split alone. Held-out scores are shown besid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,8 @@ class Front:
     def _within(limit: str, by_accuracy: Sequence[Row]) -> Row:
         try:
             n_tokens = float(limit)
+            if math.isnan(n_tokens):
+                raise ValueError
         except ValueError:
             raise PickError(f"max-tokens: expected a number, got {limit!r}") from None
         for row in by_accuracy:

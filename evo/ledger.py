@@ -14,7 +14,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,8 +176,8 @@ class Ledger:
             problems: split -> ids of its problems, in order.
         """
         ledger = cls(_connect(folder / FILE, mode="rwc"))
-        ledger._db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + _APPEND_ONLY)  # one transaction, all or nothing
-        with ledger._db:
+        with ledger._writing():
+            ledger._db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + _APPEND_ONLY)  # one transaction, all or nothing
             values = {"format": FORMAT, "created": time.time(), **meta}
             ledger._db.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in values.items()])
             rows = [(str(split), json.dumps(list(ids))) for split, ids in problems.items()]
@@ -215,7 +215,7 @@ class Ledger:
 
     def set_meta(self, key: str, value: Any) -> None:
         """Set a value that may change (the budget, the state); all else only ever grows."""
-        with self._db:
+        with self._writing():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     def problem_ids(self, split: Split) -> list[str]:
@@ -233,7 +233,7 @@ class Ledger:
             )
             for c in candidates
         ]  # fmt: skip
-        with self._db:
+        with self._writing():
             first = self._next_seq()
             numbered = [(first + i, *row) for i, row in enumerate(rows)]
             self._db.executemany("INSERT INTO asks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", numbered)
@@ -248,7 +248,7 @@ class Ledger:
             again: how it is evaluated this time, if it was on the search split before; never twice the same way.
         """
         score = evaluation.score
-        with self._db:
+        with self._writing():
             seq = self._next_seq()
             self._db.execute(
                 "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -305,6 +305,21 @@ class Ledger:
     def last_seq(self) -> int:
         """Number of the latest event, 0 for none; grows with every append."""
         return self._next_seq() - 1
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction.
+
+        Raises:
+            LedgerError: if it cannot be written, on a full disk, say.
+        """
+        try:
+            with self._db:
+                yield
+        except sqlite3.OperationalError as error:
+            raise LedgerError(
+                f"the ledger cannot be written: {error}. What it holds is safe: see to the disk, and run it again"
+            ) from error
 
     def _next_seq(self) -> int:
         query = "SELECT MAX(last) FROM (SELECT MAX(seq) AS last FROM asks UNION ALL SELECT MAX(seq) FROM evaluations)"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evo.assemble import build_optimizer, build_worker, first_candidates, recipe_sources, search_problem
+from evo.assemble import build_optimizer, build_worker, file_stamps, first_candidates, recipe_sources, search_problem
 from evo.config import Config
 from evo.constraints import violations
 from evo.history import History
@@ -27,6 +27,10 @@ from fitness.types import Split, Task
 from search_spaces.genes import Genome, SearchSpace
 
 log = logging.getLogger("mergefront")
+
+
+MOST_FAILURES = 100
+"""In a row, after which a search gives up."""
 
 
 class ResumeError(ValueError):
@@ -58,15 +62,17 @@ class Loop:
         folder: Path,
         history: History,
         digests: dict[str, str],
+        stamps: list[tuple[str, int, int]],
         space: SearchSpace,
         task: Task,
         watch: Watcher | None,
     ) -> None:
         self._config, self._folder, self._history, self._digests = config, folder, history, digests
-        self._space, self._task, self._watch = space, task, watch
+        self._stamps, self._space, self._task, self._watch = stamps, space, task, watch
         self._proxy = Proxy(config, history, task)
         self._worker: Worker | None = None
         self._has_told_errors = False
+        self._n_failed = 0  # in a row
         self._n_first = 0  # parents and baselines, which no optimizer proposed
 
     def search(self) -> None:
@@ -132,7 +138,21 @@ class Loop:
                 return
             entry = self._record_evaluation(ask, self._evaluate(ask, Split.SEARCH), Split.SEARCH)
             self._tell(optimizer, entry)
+            self._check_that_some_succeed(entry)
             self._prove()
+
+    def _check_that_some_succeed(self, entry: Entry) -> None:
+        """A budget of tokens would never be spent by candidates that all fail.
+
+        Raises:
+            SearchError: after too many failures in a row.
+        """
+        self._n_failed = self._n_failed + 1 if entry.status is Status.FAILED else 0
+        if self._n_failed >= MOST_FAILURES:
+            raise SearchError(
+                f"the last {self._n_failed} candidates all failed, this one with {entry.detail['reason']}. They are "
+                "recorded; a search of this space finds nothing else. Narrow its bounds, or choose another method."
+            )
 
     def _prove(self) -> None:
         """Score again, with exact donors, what would be a member of the front by scores with compressed ones."""
@@ -196,6 +216,13 @@ class Loop:
         if searched and self._config.proxy.enabled and trial is None:
             trial = self._proxy.trial()
         evaluation = self._worker.evaluate(candidate, split, compressed=compressed, trial=trial)
+        if file_stamps(self._config) != self._stamps:
+            raise ResumeError(
+                f"the parents' files were written to while {ask.name!r} was evaluated, which is not recorded. What was "
+                "recorded before is of the files as they were: restore them, or start a new run in another folder."
+            )
+        if evaluation.status is Status.FAILED:
+            self._blame(ask, evaluation)
         self._history.keep_batch_size(self._worker.batch_size)
         self._history.keep_caveat(self._worker.caveat)
         if (errors := evaluation.detail.get("delta_errors")) and not self._has_told_errors:
@@ -203,6 +230,22 @@ class Loop:
             shown = ", ".join(f"{error:.2g} ({name})" for name, error in errors.items())
             log.warning(f"donors are held as {self._config.memory.deltas}; relative errors of differences: {shown}")
         return evaluation
+
+    def _blame(self, ask: Ask, evaluation: Evaluation) -> None:
+        """A failure is the candidate's if a parent can still be written and asked; else it is nobody's to record.
+
+        Raises:
+            SearchError: if it cannot, as after an error of a GPU that outlives the call.
+        """
+        scored, parent = self._history.entries[Split.SEARCH], self._history.asks[0]
+        if self._worker is None or parent.id not in scored:
+            return
+        if reason := self._worker.cannot_answer(parent.recipe_in(lambda: self._space)):
+            raise SearchError(
+                f"candidate {ask.name!r} failed ({evaluation.detail['reason']}), and now so does the parent "
+                f"{parent.name!r}, which has been scored: {reason}. The failure is not the candidate's, and is not "
+                "recorded: run the same command again."
+            )
 
     def _must_end(self) -> bool:
         return stop_requested(self._folder) or self._history.exhausted

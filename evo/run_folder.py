@@ -26,7 +26,10 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         BusyError: naming the holder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BusyError(f"{folder} is not a folder: expected a new one, or that of a run") from None
     lock = filelock.FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=1)  # `status` holds it for an instant when it looks

@@ -7,10 +7,12 @@ search.export("knee", "runs/demo/export")
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from evo.assemble import (
     build_optimizer,
     build_space,
     build_task,
+    file_stamps,
     notes_on,
     open_sources,
     search_problem,
@@ -33,7 +36,7 @@ from evo.ledger import Ledger
 from evo.loop import Loop, ResumeError, Watcher
 from evo.run_folder import hold, stop_requested
 from evo.tracking import tracker
-from fitness.types import Split, Task
+from fitness.types import Problem, Split, Task
 
 log = logging.getLogger("mergefront")
 
@@ -84,7 +87,7 @@ class Search:
             CheckpointError: if the parents cannot be merged.
             SearchError: if a parent cannot be scored.
         """
-        with self._sitting(watch, budget) as loop:
+        with self._sitting(watch, searches=True, budget=budget) as loop:
             loop.search()
             if not stop_requested(self.folder):
                 loop.score_held_out()
@@ -97,7 +100,7 @@ class Search:
             watch: called after each evaluation.
             every: score every measured candidate, for a baseline that is judged as a whole (a line sweep).
         """
-        with self._sitting(watch, None) as loop:
+        with self._sitting(watch) as loop:
             loop.score_held_out(every=every)
         return self.front()
 
@@ -109,24 +112,37 @@ class Search:
         return Path(out)
 
     @contextmanager
-    def _sitting(self, watch: Watcher | None, budget: Budget | None) -> Iterator[Loop]:
+    def _sitting(
+        self, watch: Watcher | None, *, searches: bool = False, budget: Budget | None = None
+    ) -> Iterator[Loop]:
         """Everything that can be checked is checked here, before a model is loaded."""
         with hold(self.folder), interruptible():
+            stamps = file_stamps(self.config)
             sources, digests, task = open_sources(self.config), source_digests(self.config), build_task(self.config)
             space = build_space(self.config, sources, digests)
             for note in notes_on(self.config, sources):
                 log.warning(note)
             build_optimizer(self.config, search_problem(self.config, space))  # its options fail now or never
             with closing(self._open_ledger(task, digests)) as ledger:
-                ledger.set_meta("budget", (budget or self.config.budget).model_dump())
+                if searches:
+                    self._settle_budget(ledger, budget)
                 with tracker.following(self.folder, self.config.tracking):
-                    yield Loop(self.config, self.folder, History(ledger), digests, space, task, watch)
+                    yield Loop(self.config, self.folder, History(ledger), digests, stamps, space, task, watch)
+
+    def _settle_budget(self, ledger: Ledger, budget: Budget | None) -> None:
+        """Record the budget that was said last: as an argument, or by a change in the config."""
+        of_config = self.config.budget.model_dump()
+        if budget is not None or ledger.meta("budget_of_config") != of_config:
+            ledger.set_meta("budget", budget.model_dump() if budget else of_config)
+        ledger.set_meta("budget_of_config", of_config)
 
     def _open_ledger(self, task: Task, digests: dict[str, str]) -> Ledger:
         """Start the ledger, or open it and check that nothing it is bound to has changed."""
         problems = {split: [problem.id for problem in task.problems(split)] for split in Split}
+        answers = {str(split): _digest_of_answers(task.problems(split)) for split in Split}
         if not ledger_file.exists(self.folder):
             meta = {"config": self.config.model_dump(mode="json"), "digests": digests, "versions": _versions()}
+            meta |= {"answers": answers}
             return Ledger.create(self.folder, meta, problems)
         ledger = Ledger.open(self.folder)
         if not ledger.entries(Split.SEARCH):  # nothing was measured, so there is nothing to protect: start anew
@@ -144,6 +160,12 @@ class Search:
             for split, ids in problems.items()
             if ids != ledger.problem_ids(split)
         ]
+        recorded = ledger.meta("answers") or answers  # a run of an earlier version has not recorded them
+        differences += [
+            f"problems of split {split!r}: their answers have changed"
+            for split in answers
+            if answers[split] != recorded[split]
+        ]
         if differences:
             ledger.close()
             raise ResumeError(
@@ -151,7 +173,13 @@ class Search:
                 + "\n  ".join(differences)
                 + "\nUndo the change, or start a new run in another folder."
             )
+        ledger.set_meta("config", self.config.model_dump(mode="json"))  # checkpoints may have moved
         return ledger
+
+
+def _digest_of_answers(problems: Sequence[Problem]) -> str:
+    answers = json.dumps([problem.answer for problem in problems])
+    return hashlib.blake2b(answers.encode(), digest_size=16).hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -5,10 +5,13 @@ Live on a terminal; one line an evaluation elsewhere (logs, CI).
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -86,8 +89,9 @@ def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Ta
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ["id", "model", "accuracy %", "tokens", "p90", "cut off %"]
     columns += ["held-out %", "tokens", "drop"] if held_out else ["correct", "rep %", "waits"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for column in columns:  # a long name is folded, and nothing else
+        justify: Literal["left", "right"] = "left" if column == "model" else "right"
+        table.add_column(column, justify=justify, no_wrap=column != "model", overflow="fold")
     for row in front.members if limit is None else spread(front.members, limit):
         table.add_row(*_cells(row, held_out), style="bold" if row.ask.origin == "search" else "")
     on_front = {row.ask.id for row in front.members}
@@ -99,17 +103,27 @@ def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Ta
     return table
 
 
-def print_front(front: Front, *, held_out: bool) -> None:
+def print_front(front: Front, objectives: Sequence[str], *, held_out: bool) -> None:
     """The table of a front, in full, and its hypervolume."""
     console = Console(soft_wrap=True)
     console.print(front_table(front, held_out=held_out))
+    if not front.members:
+        console.print(_why_empty(front), highlight=False)
     line = f"hypervolume {front.hypervolume:.4f} on the search split"
     if held_out and (there := front.hypervolume_on(Split.HELD_OUT)) is not None:
         line += f", {there:.4f} held out"
     if front.scale is not None:
-        error, *rest = front.scale.reference
-        line += f" (reference point: error {error:g}" + "".join(f", {r:.1f} tokens" for r in rest) + ")"
+        said = {"error": "error {:g}", "tokens": "{:.1f} tokens"}
+        point = zip(objectives, front.scale.reference, strict=True)
+        line += f" (reference point: {', '.join(said[name].format(value) for name, value in point)})"
     console.print(line, highlight=False)
+
+
+def _why_empty(front: Front) -> str:
+    """What keeps models off a front without members."""
+    broken = Counter(name for row in front.evaluated for name in row.search.violations)
+    said = ", ".join(f"{n} of {len(front.evaluated)} models violate {name!r}" for name, n in broken.most_common())
+    return f"nothing is on the front: {said or 'no model has been scored'}. See `constraints`, and max_tokens."
 
 
 def print_ending(front: Front, search: Search) -> None:
@@ -117,8 +131,8 @@ def print_ending(front: Front, search: Search) -> None:
     from evo.picture import save_front
 
     scored = not front.unscored()
-    print_front(front, held_out=scored)
-    folder = search.folder
+    print_front(front, search.config.objectives, held_out=scored)
+    folder, quoted = search.folder, shlex.quote(str(search.folder))
     save_front(front, folder / PICTURE_FILE, title=folder.name, held_out=scored)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"\npicture   {folder / PICTURE_FILE}")
@@ -127,8 +141,9 @@ def print_ending(front: Front, search: Search) -> None:
 
         console.print(f"MLflow    {how_to_look(folder, search.config.tracking.uri)}")
         if is_behind(folder):
-            console.print(f"          MLflow has not been told everything yet: mergefront sync {folder}")
-    console.print(f"export    mergefront export {folder} --pick knee --out my-model")
+            console.print(f"          MLflow has not been told everything yet: mergefront sync {quoted}")
+    if front.members:
+        console.print(f"export    mergefront export {quoted} --pick knee --out my-model")
     console.print("go on     the same command with --budget candidates=N, N larger than before")
 
 

@@ -20,6 +20,7 @@ from fitness.objectives import losses
 from fitness.orderliness import Orderliness
 from fitness.proxy.trial import Stop, Trial, joined
 from fitness.types import Completion, Engine, Problem, Score, Split, Task
+from search_spaces.recipe import Recipe
 
 N_SAMPLES = 3
 """Completions of each candidate that are kept as text, to be read by a person."""
@@ -129,6 +130,22 @@ class Worker:
             orderliness = {name: values.round(4).tolist() for name, values in score.orderliness.items()}
             detail |= {"promise": stop.promise, "orderliness": orderliness}
         return Evaluation(candidate.id, Status.PARTIAL, seconds, stop.losses, score=score, detail=detail)
+
+    def cannot_answer(self, recipe: Recipe) -> str | None:
+        """Why the engine no longer writes and asks a model at all; None if it does.
+
+        Args:
+            recipe: of a model that has been scored before.
+        """
+        try:
+            self._engine.update({**recipe.to_dict(), "compressed": False})
+            problem = self._problems_of(Split.SEARCH)[0]
+            self._engine.generate([self._task.prompt(problem)], max_tokens=4)
+        except Exception as error:
+            if interrupts.pending():
+                raise KeyboardInterrupt from error
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def _saved(self, answers: _Answers, stop: Stop, n_problems: int) -> int:
         """Tokens that all problems would have taken, as far as is known, less those that some took."""

@@ -9,13 +9,18 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
+from annotated_types import Ge, Lt
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # torch takes seconds to import, and status, front and the tracker need none of it
     from torch import Tensor
+
+
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+"""What every generator of random numbers takes."""
 
 
 class Split(StrEnum):

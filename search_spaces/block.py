@@ -20,8 +20,18 @@ def block(layout: Layout, ingredients: Ingredients, *, roles: Sequence[Sequence[
         roles: which roles share a gene, e.g. [[attention, norm], [routed_expert]]; a role that is in no
             group is copied from the base. Default: every role by itself. Roles are attention, ffn, shared_expert,
             routed_expert, router, norm, embedding and head.
+
+    Raises:
+        ValueError: if a role is in two groups, or a group is empty.
     """
+    named = [role for group in roles or () for role in group]
+    if roles is not None and (not named or not all(roles) or len(set(named)) < len(named)):
+        raise ValueError(f"space.roles: expected lists of roles, each role in one of them at most, got {_plain(roles)}")
     return GroupedSpace(block_groups(layout, roles), ingredients, layout)
+
+
+def _plain(roles: Sequence[Sequence[Role]]) -> list[list[str]]:
+    return [[str(role) for role in group] for group in roles]
 
 
 def block_groups(layout: Layout, roles: Sequence[Sequence[Role]] | None = None) -> list[Group]:

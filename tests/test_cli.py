@@ -142,6 +142,12 @@ def test_interrupts_end_cleanly(tmp_path, sent):
         (["stop", "{missing}"], "no run in"),
         (["merge", "{missing}", "--out", "{run}"], "cannot read"),
         (["export", "{missing}", "--pick", "knee", "--out", "{run}"], "no run in"),
+        (["run", "{config}", "--out", "{config}"], "is not a folder: expected a new one"),
+        (["run", "{config}", "--out", "{run}", "--budget", "candidates=2,candidates=3"], "each once, above 0"),
+        (["plan", "{config}", "--tokens", "inf"], "--tokens: expected at most engine.max_tokens (110), got inf"),
+        (["eval", "{run}", "--task", "gsm8k", "--engine", "max_tokens=5"], "say it as --max-tokens"),
+        (["eval", "{run}", "--task", "gsm8k", "--limit", "5"], "--limit is for --harness"),
+        (["eval", "{run}", "--task", 'table:path="x'], "path: expected a number, a word"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_1(arguments, expected, tmp_path):
@@ -161,7 +167,8 @@ def test_a_bad_config_is_told_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["plan"], ["front"], ["export"], ["merge"], ["eval"], ["status"], ["stop"], ["sync"]]
+    "command",
+    [[], ["run"], ["plan"], ["front"], ["export"], ["merge"], ["eval"], ["status"], ["stop"], ["sync"], ["options"]],
 )
 def test_help_is_worth_reading(command):
     result = mergefront(*command, "--help")

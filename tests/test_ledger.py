@@ -101,7 +101,7 @@ def test_readers_need_no_lock_and_cannot_write(ledger, tmp_path):
     reader = Ledger.open(tmp_path, read_only=True)
     ledger.append_asks([candidate(0)])
     assert len(reader.asks()) == 1
-    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+    with pytest.raises(LedgerError, match="readonly"):
         reader.append_asks([candidate(1)])
     reader.close()
 

@@ -16,7 +16,7 @@ from evo.encodings import TensorHeader
 from evo.materializer import Materializer
 from evo.parallel import LAYOUTS
 from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes
-from evo.planning.machine import plan_search
+from evo.planning.machine import plan_search, ranks_report
 from evo.planning.plan import Load, PlanError, Settings, check, make_plan
 from evo.planning.ranks import Share, rank_table, shares
 from evo.planning.sources import Sources
@@ -170,6 +170,23 @@ def test_columns_by_hand():
     assert columns(10, 20) == 42  # fits at once
     assert columns(10, 60) == 42 + 32  # 42, then 32 more, which is more than half of 42
     assert columns(100, 100) == 132 + 66 + 99  # 132, 198 are less than 200
+
+
+def test_more_tokens_than_the_context_are_refused(chimera, tmp_path):
+    engine = chimera.engine.model_copy(update={"max_tokens": 256})
+    with pytest.raises(PlanError, match=r"engine.max_tokens is 256, but the model's context has room for 256"):
+        plan_search(chimera.model_copy(update={"engine": engine}), out=tmp_path)
+    engine = chimera.engine.model_copy(update={"max_tokens": 255})
+    lines = list(plan_search(chimera.model_copy(update={"engine": engine}), out=tmp_path).report(None))
+    assert any("exceeds the context of 256" in line for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there(chimera, tmp_path):
+    config = config_of(chimera.sources, engine={"dtype": "float32", "device": "cuda", "max_tokens": 110})
+    with pytest.raises(PlanError, match=r"engine.device is 'cuda', but torch sees no GPU here"):
+        plan_search(config, out=tmp_path)
+    assert list(ranks_report(config, 2))
 
 
 @pytest.fixture

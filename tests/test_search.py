@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evo import Search
-from evo.assemble import build_space, open_sources
+from evo.assemble import build_space, first_candidates, open_sources, recipe_sources
 from evo.checkpoint import Checkpoint, CheckpointError
-from evo.config import Budget
+from evo.config import Baselines, Budget
 from evo.export import ExportError
 from evo.front import PickError
 from evo.ledger import Ledger
@@ -152,7 +152,7 @@ class TestFinishedRun:
         assert front.pick(str(front.members[-1].ask.id)) is front.members[-1]
         assert front.pick(front.members[-1].ask.name) is front.members[-1]
         assert front.pick("knee") in front.members
-        for bad in ("kneee", "9999", "max-tokens=1", "max-tokens=x"):
+        for bad in ("kneee", "9999", "max-tokens=1", "max-tokens=x", "max-tokens=nan"):
             with pytest.raises(PickError):
                 front.pick(bad)
 
@@ -375,6 +375,14 @@ def test_line_points_are_baselines(tmp_path):
     path.write_text(path.read_text() + "baselines: {average: false, line_points: 3}\n")
     front = Search.from_yaml(path, tmp_path / "run").run()
     assert [row.ask.name for row in front.baselines] == ["line-0.25", "line-0.5", "line-0.75"]
+
+
+def test_as_many_line_points_as_there_may_be_have_names_of_their_own(chimera):
+    sources = recipe_sources(chimera, {})
+    for n in (1, 9, 99, 500, 1000):
+        config = chimera.model_copy(update={"baselines": Baselines(line_points=n)})
+        names = [c.name for c in first_candidates(config, build_space(config, open_sources(config)), sources)]
+        assert len(set(names)) == len(names) == n + 3
 
 
 def test_swaps_are_baselines_and_the_optimizer_starts_from_the_best(tmp_path):

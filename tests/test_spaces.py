@@ -40,6 +40,12 @@ def coefficients(recipe):
     return {part.tensor: rule and dict(rule.coefficients) for part, rule in recipe.assign(LAYOUT).items()}
 
 
+@pytest.mark.parametrize("roles", [[], [[]], [["attention"], ["attention"]], [["attention", "attention"]]])
+def test_groups_of_roles_that_cannot_be_meant(roles):
+    with pytest.raises(ValueError, match=r"space.roles: expected lists of roles, each role in one of them"):
+        block(LAYOUT, TWO, roles=[[Role(role) for role in group] for group in roles])
+
+
 @pytest.mark.parametrize("ingredients", [TWO, THREE], ids=["linear", "task_arithmetic"])
 @pytest.mark.parametrize("name", SPACES)
 class TestContract:

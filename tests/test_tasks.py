@@ -200,3 +200,30 @@ def test_real_data(kind):
     if kind == "gsm8k":
         assert len(held_out) == 1319
         assert not questions(task, Split.SEARCH) & questions(task, Split.HELD_OUT)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "abc", None])
+def test_a_weight_that_is_none(weight):
+    with pytest.raises(ValueError, match=r"tasks: expected weights above 0, got"):
+        Mixture(tasks=[{"kind": "arithmetic", "weight": weight}])
+
+
+def test_parts_that_share_their_questions_are_told(tmp_path):
+    path = write(tmp_path / "all.jsonl", [(f"question {i}", i) for i in range(90)])
+    parts = [{"kind": "table", "path": path, "seed": seed} for seed in (1, 1, 1)]
+    with pytest.raises(ValueError, match=r"60 problems were asked for the split 'held_out', and there are 20"):
+        Mixture(tasks=parts, search=20, reserve=10, held_out=60)
+
+
+def test_answers_that_their_grader_cannot_read(tmp_path):
+    path = write(tmp_path / "words.jsonl", [(f"question {i}", "yes") for i in range(20)])
+    for grader in ("number", "choice"):
+        with pytest.raises(ValueError, match=rf"grader: '{grader}' cannot read 20 of the 20 answers in .*'yes'"):
+            Table(path=path, grader=grader)
+    assert Table(path=path, grader="exact", search=5).problems(Split.SEARCH)
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty.jsonl is empty"):
+        Table(path=str(tmp_path / "empty.jsonl"))

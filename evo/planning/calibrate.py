@@ -41,7 +41,7 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
     first = first_candidates(config, space, recipe_sources(config, {}))
     merges = [replace(first[0], name="a merge", recipe=_interior(config, space, first, share)) for share in (0.4, 0.5)]
     write = [_evaluate(worker, config, merge, 1, 1).detail["write_seconds"] for merge in merges][-1]
-    n, found = len(task.problems(Split.SEARCH)), []
+    n, n_held, found, held = len(task.problems(Split.SEARCH)), len(task.problems(Split.HELD_OUT)), [], []
     samples = planned.load.answers // n
     batch, most = planned.batch, config.engine.max_tokens
     tried = [merges[-1], *first[: len(config.parents)]]
@@ -50,6 +50,7 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
             Asker(worker, config, candidate), n, batch, samples, most, (deadline - time.monotonic()) / n_left
         )
         found.append(estimate(tries, n, batch, most, tokens))
+        held.append(estimate(tries, n_held, batch, most, tokens).seconds)
         took = [write + one for one in found[-1].seconds]
         last = f"tried {tries[-1].n} of {n} problems, answers up to {tries[-1].cap} tokens"
         yield f"{candidate.name}: {spans(*took)} a candidate, {_range(*found[-1].tokens)} tokens ({last})"
@@ -58,8 +59,8 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
     low, high = (search_seconds(config.budget, *end) for end in ends)
     yield f"the search: {spans(low, high)}" + ("; --tokens N says how long answers are" if high > 1.01 * low else "")
     n_scored = FRONT_SIZE + n_first(config, space)
-    scale = n_scored * len(task.problems(Split.HELD_OUT)) / n
-    yield f"the held-out scores: about {spans(*(scale * s for s, _ in ends))}, if {n_scored} models are scored"
+    times = (n_scored * (write + sum(column) / len(held)) for column in zip(*held, strict=True))
+    yield f"the held-out scores: about {spans(*times)}, if {n_scored} models are scored"
 
 
 def _range(low: float, high: float) -> str:

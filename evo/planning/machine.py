@@ -29,7 +29,7 @@ from evo.components import component_options
 from evo.config import Config
 from evo.planning.batching import Batch
 from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, cache_token_bytes, model_bytes
-from evo.planning.plan import Load, Plan, Settings, check, make_plan
+from evo.planning.plan import Load, Plan, PlanError, Settings, check, make_plan
 from evo.planning.ranks import rank_table
 from evo.planning.sources import Sources, used_sources
 from evo.planning.times import candidate_seconds, search_seconds, size, span
@@ -83,6 +83,12 @@ class Planned:
         if self.settings.residency == "auto":
             yield f"memory.residency: auto is {self.plan.residency} here"
         most, plan, load = self.config.engine.max_tokens, self.plan, self.load
+        context = _context(self.checkpoints[self.config.interface_parent])
+        if context is not None and load.prompt + most > context:
+            yield (
+                f"the longest prompt has {load.prompt} tokens: with max_tokens {most} that exceeds the context of "
+                f"{context}, so answers to it are cut off earlier, and count as wrong"
+            )
         low, high = (tokens, tokens) if tokens else (most / 8, float(most))
         fast, slow = candidate_seconds(
             plan.model + plan.sources, plan.model, plan.row, self.settings.rows, load.answers, (low, high),
@@ -116,6 +122,12 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
     }
     interface = checkpoints[config.interface_parent]
     load, most = _load(config, checkpoints, task, options)
+    context = _context(interface)
+    if context is not None and config.engine.max_tokens >= context:
+        raise PlanError(
+            f"engine.max_tokens is {config.engine.max_tokens}, but the model's context has room for {context} tokens, "
+            f"the prompt among them (the longest has {load.prompt}): lower it"
+        )
     where = "gpu" if device.type == "cuda" else "host"
     memory, share = config.memory, None
     if config.engine.kind == "vllm" and cache_bytes(options.get("options") or {}, device.type) is None:
@@ -142,13 +154,29 @@ def ranks_report(config: Config, n_ranks: int) -> Iterator[str]:
     options = component_options(config.engine, ENGINES)
     dtype = getattr(torch, options.get("dtype", "bfloat16"))
     sources = list(used_sources(config, open_sources(config)).values())
-    yield from rank_table(sources, dtype, n_ranks, copy_bandwidth(device_of(options)))
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield from rank_table(sources, dtype, n_ranks, copy_bandwidth(here))
 
 
 def device_of(options: dict[str, Any]) -> torch.device:
-    """Where the engine would put the model."""
+    """Where the engine would put the model.
+
+    Raises:
+        PlanError: if that is a GPU, and there is none.
+    """
     asked = options.get("device", "auto")
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(
+            f"engine.device is {asked!r}, but torch sees no GPU here: plan where the search will run, or with auto"
+        )
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+
+
+def _context(interface: Checkpoint) -> int | None:
+    """Tokens that a prompt and its answer may have together."""
+    config = interface.config()
+    found: int | None = config.get("text_config", config).get("max_position_embeddings")
+    return found
 
 
 def n_first(config: Config, space: Any) -> int:

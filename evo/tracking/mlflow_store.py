@@ -107,6 +107,9 @@ class MlflowStore:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             return str(self._client.create_experiment(name, artifact_location=_artifacts_beside(uri)))
+        here, there = _artifacts_beside(uri), str(experiment.artifact_location)
+        if here is not None and here.startswith(self._folder.as_uri()) and there != here:
+            raise RuntimeError(f"this run's folder was moved or copied, and its store would write to {there}")
         return str(experiment.experiment_id)
 
     def _runs(self, condition: str) -> Iterator[Any]:

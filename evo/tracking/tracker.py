@@ -27,7 +27,7 @@ import filelock
 from evo.config import Tracking
 from evo.ledger import Ledger
 from evo.run_folder import is_held
-from evo.tracking.replay import Offset, Replay, Report, Target
+from evo.tracking.replay import OFFSET_FILE, Offset, Replay, Report, Target
 
 STORE_FILE, LOG_FILE, LOCK_FILE = "mlflow.db", "tracker.log", "tracker.lock"
 DRAIN_SECONDS = 45.0
@@ -42,6 +42,11 @@ _ENVIRONMENT = {  # a user's own settings win
     "OMP_NUM_THREADS": "1",
 }
 _TARGET = "MERGEFRONT_TRACKER"  # in the environment, because a URI may hold a password and commands are public
+
+_ANEW = (
+    f". To have it written anew: delete {STORE_FILE}, mlartifacts and {OFFSET_FILE} in the run's folder (the ledger "
+    "has all), then `mergefront sync`"
+)
 
 log = logging.getLogger("mergefront.tracker")
 
@@ -155,7 +160,8 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(10)  # the search has the cores
     folder, mode = Path(sys.argv[1]), sys.argv[2]
-    replay, lock = Replay(folder, Target(**json.loads(os.environ.pop(_TARGET)))), filelock.FileLock(folder / LOCK_FILE)
+    target, lock = Target(**json.loads(os.environ.pop(_TARGET))), filelock.FileLock(folder / LOCK_FILE)
+    replay, hint = Replay(folder, target), _ANEW if target.uri == default_uri(folder) else ""
     try:
         with lock.acquire(timeout=DRAIN_SECONDS if mode == "follow" else 0):  # an earlier sitting's may be draining
             if mode == "follow":
@@ -166,7 +172,8 @@ def main() -> None:
         _fail("another process is bringing MLflow up to date with this run; nothing is left to do here")
     except Exception as error:
         log.exception("gave up")
-        _fail(f"MLflow could not be brought up to date: {type(error).__name__}: {error}")
+        reason = str(error).partition("\n")[0]  # SQL goes on for pages
+        _fail(f"MLflow could not be brought up to date: {type(error).__name__}: {reason}{hint}")
 
 
 def _fail(reason: str) -> None:

@@ -102,8 +102,9 @@ def limits(encoded: Sequence[Sequence[int]], max_tokens: int, context: int | Non
     shortest = min(len(ids) for ids in encoded)
     if shortest + max_tokens > context:
         raise ValueError(
-            f"the shortest prompt has {shortest} tokens; with max_tokens {max_tokens} that exceeds the "
-            f"model's context of {context}: lower max_tokens to {max(0, context - shortest)} or less"
+            f"the shortest prompt has {shortest} tokens; with max_tokens {max_tokens} that exceeds the model's context "
+            f"of {context}: "
+            + (f"lower max_tokens to {context - shortest} or less" if shortest < context else "ask for shorter prompts")
         )
     return [max(0, min(max_tokens, context - len(ids))) for ids in encoded]
 

@@ -24,7 +24,7 @@ from annotated_types import Ge, Le
 
 from fitness.graders import grade, same_number
 from fitness.splits import SHARES, take
-from fitness.types import Completion, Problem, Split, Verdict
+from fitness.types import Completion, Problem, Seed, Split, Verdict
 
 Size = Annotated[int, Ge(1), Le(100_000)]
 
@@ -41,9 +41,7 @@ class Arithmetic:
         seed: of the problems and of their split.
     """
 
-    def __init__(
-        self, *, search: Size = 256, reserve: Size = 256, held_out: Size = 512, seed: Annotated[int, Ge(0)] = 0
-    ) -> None:
+    def __init__(self, *, search: Size = 256, reserve: Size = 256, held_out: Size = 512, seed: Seed = 0) -> None:
         self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
         self._seed = seed
 

@@ -6,6 +6,7 @@ A mean over the problems of a mixture is so the weighted mean over its tasks, wi
 from __future__ import annotations
 
 import inspect
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -15,6 +16,10 @@ from annotated_types import Ge
 from fitness.types import Completion, Problem, Split, Task, Verdict
 
 Size = Annotated[int, Ge(1)]
+
+
+MOST_MISSING = 0.5
+"""Share of a split that may be missing because parts share questions."""
 
 
 class Mixture:
@@ -40,14 +45,20 @@ class Mixture:
         if not tasks:
             raise ValueError("tasks: expected at least one")
         self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
-        self._tasks, self._weights = list(tasks), [float(part.get("weight", 1.0)) for part in tasks]
-        if min(self._weights) <= 0:
-            raise ValueError(f"tasks: expected weights above 0, got {self._weights}")
+        self._tasks, self._weights = list(tasks), [part.get("weight", 1.0) for part in tasks]
+        if odd := [w for w in self._weights if not isinstance(w, int | float) or not 0 < w < math.inf]:
+            raise ValueError(f"tasks: expected weights above 0, got {odd[0]!r}")
         self._owner: dict[str, Task] = {}
         self._splits: dict[Split, list[Problem]] = {}
         taken: set[str] = set()
         for split in (Split.HELD_OUT, Split.RESERVE, Split.SEARCH):  # a question of two parts stays where it first is
             self._splits[split] = [p for p in self._gather(split) if p.id not in taken]
+            n, asked = len(self._splits[split]), self._sizes[split]
+            if n < (1.0 - MOST_MISSING) * asked:
+                raise ValueError(
+                    f"tasks: {asked} problems were asked for the split '{split}', and there are {n}, since parts share "
+                    "questions, which count once: give parts other data, or ask for fewer"
+                )
             taken |= {problem.id for problem in self._splits[split]}
 
     def problems(self, split: Split) -> list[Problem]:

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-from annotated_types import Ge
+from typing import Any
 
 from fitness.tasks.table import Size, Table
-from fitness.types import Problem, Split
+from fitness.types import Problem, Seed, Split
 
 _BOXED = "{question}\nPut the final answer in \\boxed{}."
 _LETTER = "{question}\nPut the letter of the right option in \\boxed{}."
@@ -74,7 +72,7 @@ class Named:
         search: Size | None = None,
         reserve: Size | None = None,
         held_out: Size | None = None,
-        seed: Annotated[int, Ge(0)] = 0,
+        seed: Seed = 0,
     ) -> None:
         preset = {"template": _BOXED, **PRESETS[task]}
         if path and not test_path and Path(path).is_file():  # one file: cut in three

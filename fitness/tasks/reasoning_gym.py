@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 
 from fitness.graders import answer_part, grade
 from fitness.splits import SHARES, take
-from fitness.types import Completion, Problem, Split, Verdict
+from fitness.types import Completion, Problem, Seed, Split, Verdict
 
 Size = Annotated[int, Ge(1), Le(100_000)]
 
@@ -41,7 +41,7 @@ class ReasoningGym:
         search: Size = 200,
         reserve: Size = 100,
         held_out: Size = 400,
-        seed: Annotated[int, Ge(0)] = 0,
+        seed: Seed = 0,
     ) -> None:
         try:
             import reasoning_gym

@@ -14,9 +14,13 @@ from annotated_types import Ge
 
 from fitness.graders import get_grader, grade
 from fitness.splits import TRAINING_SHARES, take
-from fitness.types import Completion, Problem, Split, Verdict
+from fitness.types import Completion, Problem, Seed, Split, Verdict
 
 Size = Annotated[int, Ge(1)]
+
+
+MOST_ODD_ANSWERS = 0.1
+"""Share of the answers that a grader may not be able to read."""
 
 
 class Table:
@@ -62,7 +66,7 @@ class Table:
         search: Size | None = None,
         reserve: Size | None = None,
         held_out: Size | None = None,
-        seed: Annotated[int, Ge(0)] = 0,
+        seed: Seed = 0,
     ) -> None:
         if "{question}" not in template:
             raise ValueError(f"template: expected a text with {{question}} in it, got {template!r}")
@@ -72,11 +76,23 @@ class Table:
         self._seed = seed
         columns = (question, answer, options)
         self._problems = read(path, columns, name, subset, revision)
+        self._check_answers(path, grader)
         self._test = None
         if test_path or test_subset:
             self._test = read(test_path or path, columns, name, test_subset or subset, revision)
             public = {problem.question for problem in self._test}
             self._problems = [problem for problem in self._problems if problem.question not in public]
+
+    def _check_answers(self, path: str, grader: str) -> None:
+        """Refuse answers that their grader cannot read: whatever a model says would be wrong."""
+        if grader not in ("number", "choice"):
+            return
+        odd = [p.answer for p in self._problems if not self._grader(p.answer, p.answer)]
+        if len(odd) > MOST_ODD_ANSWERS * len(self._problems):
+            raise ValueError(
+                f"grader: {grader!r} cannot read {len(odd)} of the {len(self._problems)} answers in {path}, such as "
+                f"{odd[0][:50]!r}: expected another grader (exact, math, choice, number) or another column"
+            )
 
     def problems(self, split: Split) -> list[Problem]:
         """See Task."""
@@ -128,6 +144,8 @@ def _load(path: str, name: str | None, subset: str, revision: str | None) -> Any
         if (suffix := Path(path).suffix) in readers:
             if not Path(path).is_file():
                 raise ValueError(f"no such file: {path}")
+            if not Path(path).stat().st_size:
+                raise ValueError(f"{path} is empty")
             return getattr(datasets.Dataset, readers[suffix])(path)
         return datasets.load_dataset(path, name, split=subset, revision=revision)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError, ConnectionError) as error:

@@ -1,0 +1,212 @@
+"""A run over several sittings, and on machines where something goes wrong."""
+
+import io
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+from rich.console import Console
+
+from evo import Search
+from evo.config import Budget
+from evo.ledger import Ledger, LedgerError
+from evo.loop import ResumeError, SearchError
+from evo.materializer import Materializer
+from evo.terminal import front_table, print_front
+from evo.tracking import tracker
+from evo.types import Status
+from fitness.types import Split
+from tests.conftest import CHIMERA
+from tests.test_search import MAX_TOKENS, write_config
+
+
+def entries_of(search, split=Split.SEARCH):
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        return ledger.entries(split)
+
+
+def budget_of(search):
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        return ledger.meta("budget")["candidates"]
+
+
+class TestBudget:
+    def test_what_was_said_last_holds(self, tmp_path):
+        search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
+        search.run()
+        search.run(budget=Budget(candidates=4))
+        for again in (search, Search.open(search.folder)):
+            again.run()
+            again.score_held_out()
+            assert budget_of(search) == 4 and len(entries_of(search)) == 4
+        changed = Search.from_yaml(write_config(tmp_path, candidates=5), tmp_path / "run")
+        changed.run()
+        assert budget_of(search) == 5 and len(entries_of(search)) == 5
+        Search.open(search.folder).score_held_out()
+        assert budget_of(search) == 5
+
+    def test_a_budget_said_before_the_config_changed_again(self, tmp_path):
+        search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
+        search.run(budget=Budget(candidates=4))
+        assert budget_of(search) == 4
+        search.run()
+        assert budget_of(search) == 4
+
+
+class TestProblems:
+    @pytest.fixture
+    def search(self, tmp_path):
+        problems = [{"question": f"{i}+{j}", "answer": (i + j) % 100} for i in range(9) for j in range(9)]
+        self.write(tmp_path, problems)
+        path = write_config(tmp_path, candidates=3)
+        text = path.read_text().splitlines()
+        table = "task: {kind: table, path: problems.jsonl, search: 8, held_out: 8}"
+        path.write_text("\n".join(table if line.startswith("task:") else line for line in text))
+        search = Search.from_yaml(path, tmp_path / "run")
+        search.run()
+        self.write(tmp_path, [{**problem, "answer": 7} for problem in problems])
+        return search
+
+    def write(self, folder, problems):
+        (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+
+    def test_other_answers_to_the_same_questions(self, search):
+        with pytest.raises(ResumeError, match=r"problems of split 'search': their answers have changed"):
+            search.run(budget=Budget(candidates=5))
+
+    def test_a_run_of_before_answers_were_recorded_goes_on(self, search):
+        with closing(sqlite3.connect(search.folder / "ledger.sqlite")) as db, db:
+            db.execute("DELETE FROM meta WHERE key = 'answers'")
+        search.run(budget=Budget(candidates=4))
+        assert len(entries_of(search)) == 4
+
+
+def test_parents_may_move(tmp_path):
+    for place in ("old", "new"):
+        for name in ("reasoner", "concise", "base"):
+            shutil.copytree(CHIMERA / name, tmp_path / place / name)
+    Search.from_yaml(write_config(tmp_path, parents=tmp_path / "old", candidates=3), tmp_path / "run").run()
+    shutil.rmtree(tmp_path / "old")
+    search = Search.from_yaml(write_config(tmp_path, parents=tmp_path / "new", candidates=4), tmp_path / "run")
+    search.run()
+    assert len(entries_of(search)) == 4
+    assert (Search.open(search.folder).export("reasoner", tmp_path / "out") / "config.json").is_file()
+
+
+def test_parents_that_are_written_to_meanwhile(tmp_path):
+    for name in ("reasoner", "concise", "base"):
+        shutil.copytree(CHIMERA / name, tmp_path / "own" / name)
+    search = Search.from_yaml(write_config(tmp_path, parents=tmp_path / "own", candidates=6), tmp_path / "run")
+
+    def spoil(event):
+        if event.ask.id == 2:
+            shard = next((tmp_path / "own" / "concise").glob("*.safetensors"))
+            shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+
+    with pytest.raises(ResumeError, match=r"files were written to while 'c3' was evaluated, which is not recorded"):
+        search.run(spoil)
+    assert [entry.candidate_id for entry in entries_of(search)] == [0, 1, 2]
+
+
+def test_a_table_of_long_names_fits_a_terminal(tmp_path):
+    path = write_config(tmp_path, candidates=9)
+    path.write_text(path.read_text() + "baselines: {swaps: true}\n")
+    front = Search.from_yaml(path, tmp_path / "run").run()
+    for held_out in (False, True):
+        console = Console(width=80, file=io.StringIO())
+        console.print(front_table(front, held_out=held_out))
+        text = console.file.getvalue()
+        assert "but-norm" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
+class TestFailures:
+    def test_of_everything_from_some_moment_on_are_not_the_candidates(self, tmp_path, monkeypatch):
+        """As after an error of a GPU, which outlives the call."""
+        write, n_writes = Materializer.write, []
+
+        def broken(self, recipe):
+            n_writes.append(1)
+            if len(n_writes) > 4:
+                raise RuntimeError("device-side assert triggered")
+            return write(self, recipe)
+
+        search = Search.from_yaml(write_config(tmp_path, candidates=7), tmp_path / "run")
+        with monkeypatch.context() as patched:
+            patched.setattr(Materializer, "write", broken)
+            with pytest.raises(SearchError, match=r"(?s)'c4' failed.*so does the parent 'reasoner'.*assert"):
+                search.run()
+            assert [entry.candidate_id for entry in entries_of(search)] == [0, 1, 2, 3]
+            with pytest.raises(SearchError):  # and held-out scores are not lost either
+                search.score_held_out()
+            assert entries_of(search, Split.HELD_OUT) == []
+        search.run()
+        assert len(entries_of(search)) == 7
+        assert all(entry.status is Status.DONE for split in Split for entry in entries_of(search, split))
+
+    def test_of_all_candidates_end_a_search(self, tmp_path, monkeypatch):
+        write = Materializer.write
+
+        def picky(self, recipe):
+            if len(recipe["rules"]) > 1:  # the space's; parents and their average have one rule, or none
+                raise ValueError("collapsed")
+            return write(self, recipe)
+
+        monkeypatch.setattr(Materializer, "write", picky)
+        monkeypatch.setattr("evo.loop.MOST_FAILURES", 6)
+        path = write_config(tmp_path)
+        path.write_text(path.read_text().replace("candidates: 14", "tokens: 1_000_000"))
+        search = Search.from_yaml(path, tmp_path / "run")
+        with pytest.raises(SearchError, match=r"the last 6 candidates all failed, this one with ValueError: collapsed"):
+            search.run()
+        assert [entry.status for entry in entries_of(search)] == [Status.DONE] * 3 + [Status.FAILED] * 6
+
+    def test_to_write_are_told_and_lose_nothing(self, tmp_path):
+        search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
+        search.run()
+        with closing(Ledger.open(search.folder)) as ledger:
+            (n_pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+            ledger._db.execute(f"PRAGMA max_page_count = {n_pages}")  # sqlite's own word for a full disk
+            with pytest.raises(LedgerError, match=r"cannot be written: .*full.*What it holds is safe"):
+                ledger.set_meta("much", "x" * 100_000)
+        assert len(entries_of(search)) == 3
+
+
+def test_an_empty_front_says_why(tmp_path, capsys):
+    path = write_config(tmp_path, candidates=3)
+    path.write_text(path.read_text().replace(f"max_tokens: {MAX_TOKENS}", "max_tokens: 5"))
+    front = Search.from_yaml(path, tmp_path / "run").run()
+    assert not front.members
+    print_front(front, ("error", "tokens"), held_out=False)
+    assert "nothing is on the front: 3 of 3 models violate 'truncated'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objectives", [["error"], ["tokens"]])
+def test_one_objective(tmp_path, objectives, capsys):
+    path = write_config(tmp_path, candidates=4)
+    path.write_text(path.read_text() + f"objectives: {json.dumps(objectives)}\n")
+    front = Search.from_yaml(path, tmp_path / "run").run()
+    at = 0 if objectives == ["tokens"] else 1
+    best = min((1.0 - r.search.summary["accuracy"], r.search.summary["tokens_mean"])[1 - at] for r in front.evaluated)
+    assert {row.losses for row in front.members} == {(best,)}
+    print_front(front, objectives, held_out=False)
+    assert ("tokens)" if objectives == ["tokens"] else "error 1)") in capsys.readouterr().out
+
+
+def test_a_copied_run_does_not_write_into_the_first(tmp_path):
+    path = write_config(tmp_path, candidates=3)
+    path.write_text(path.read_text().replace("tracking: {enabled: false}", ""))
+    search = Search.from_yaml(path, tmp_path / "run")
+    search.run()
+    tracker.sync(search.folder)
+    before = {file: file.stat().st_mtime_ns for file in (search.folder / "mlartifacts").rglob("*") if file.is_file()}
+    shutil.copytree(search.folder, tmp_path / "copy")
+    with pytest.raises(tracker.TrackerError, match=r"moved or copied.*delete mlflow.db, mlartifacts and tracker.json"):
+        tracker.sync(tmp_path / "copy")
+    for name in ("mlflow.db", "tracker.json"):
+        (tmp_path / "copy" / name).unlink()
+    shutil.rmtree(tmp_path / "copy" / "mlartifacts")
+    tracker.sync(tmp_path / "copy")
+    assert (tmp_path / "copy" / "mlartifacts").is_dir()
+    assert before == {f: f.stat().st_mtime_ns for f in (search.folder / "mlartifacts").rglob("*") if f.is_file()}
