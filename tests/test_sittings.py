@@ -32,27 +32,19 @@ def budget_of(search):
         return ledger.meta("budget")["candidates"]
 
 
-class TestBudget:
-    def test_what_was_said_last_holds(self, tmp_path):
-        search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
-        search.run()
-        search.run(budget=Budget(candidates=4))
-        for again in (search, Search.open(search.folder)):
-            again.run()
-            again.score_held_out()
-            assert budget_of(search) == 4 and len(entries_of(search)) == 4
-        changed = Search.from_yaml(write_config(tmp_path, candidates=5), tmp_path / "run")
-        changed.run()
-        assert budget_of(search) == 5 and len(entries_of(search)) == 5
-        Search.open(search.folder).score_held_out()
-        assert budget_of(search) == 5
-
-    def test_a_budget_said_before_the_config_changed_again(self, tmp_path):
-        search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
-        search.run(budget=Budget(candidates=4))
-        assert budget_of(search) == 4
-        search.run()
-        assert budget_of(search) == 4
+def test_the_budget_that_was_said_last_holds(tmp_path):
+    search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
+    search.run()
+    search.run(budget=Budget(candidates=4))
+    for again in (search, Search.open(search.folder)):
+        again.run()
+        again.score_held_out()
+        assert budget_of(search) == 4 and len(entries_of(search)) == 4
+    changed = Search.from_yaml(write_config(tmp_path, candidates=5), tmp_path / "run")
+    changed.run()
+    assert budget_of(search) == 5 and len(entries_of(search)) == 5
+    Search.open(search.folder).score_held_out()
+    assert budget_of(search) == 5
 
 
 class TestProblems:
@@ -111,14 +103,14 @@ def test_parents_that_are_written_to_meanwhile(tmp_path):
 
 
 def test_a_table_of_long_names_fits_a_terminal(tmp_path):
-    path = write_config(tmp_path, candidates=9)
-    path.write_text(path.read_text() + "baselines: {swaps: true}\n")
+    path = write_config(tmp_path, candidates=4)
+    path.write_text(path.read_text() + "baselines: {average: false, swaps: true}\n")
     front = Search.from_yaml(path, tmp_path / "run").run()
     for held_out in (False, True):
         console = Console(width=80, file=io.StringIO())
         console.print(front_table(front, held_out=held_out))
         text = console.file.getvalue()
-        assert "but-norm" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
+        assert "only-att" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
 
 
 class TestFailures:
@@ -199,14 +191,9 @@ def test_a_copied_run_does_not_write_into_the_first(tmp_path):
     path.write_text(path.read_text().replace("tracking: {enabled: false}", ""))
     search = Search.from_yaml(path, tmp_path / "run")
     search.run()
-    tracker.sync(search.folder)
-    before = {file: file.stat().st_mtime_ns for file in (search.folder / "mlartifacts").rglob("*") if file.is_file()}
+    assert (search.folder / "mlartifacts").is_dir()
+    before = {file: file.stat().st_mtime_ns for file in (search.folder / "mlartifacts").rglob("*")}
     shutil.copytree(search.folder, tmp_path / "copy")
     with pytest.raises(tracker.TrackerError, match=r"moved or copied.*delete mlflow.db, mlartifacts and tracker.json"):
         tracker.sync(tmp_path / "copy")
-    for name in ("mlflow.db", "tracker.json"):
-        (tmp_path / "copy" / name).unlink()
-    shutil.rmtree(tmp_path / "copy" / "mlartifacts")
-    tracker.sync(tmp_path / "copy")
-    assert (tmp_path / "copy" / "mlartifacts").is_dir()
-    assert before == {f: f.stat().st_mtime_ns for f in (search.folder / "mlartifacts").rglob("*") if f.is_file()}
+    assert before == {file: file.stat().st_mtime_ns for file in (search.folder / "mlartifacts").rglob("*")}
