@@ -2,7 +2,6 @@
 
 The tensors come from the same function that wrote them into the resident model, rounded to the same stored
 dtype, so that loading the export gives the bits that were scored. Files are laid out as the interface parent's are.
-Everything is written beside the target and moved in place at the end.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import contextlib
 import gc
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from evo.config import Config
 from evo.encodings.mxfp4 import Mxfp4
 from evo.encodings.rounding import Rounding
 from evo.front import read_front
+from evo.in_place import beside
 from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.mergekit.writer import MERGEKIT_FILE, CannotSayError, write_mergekit
@@ -138,7 +136,7 @@ def write_checkpoint(
     """
     out = out.resolve()  # a link stays one
     _check_room(sources[recipe.interface], out)
-    with _beside(out, force) as folder, _spared_the_collector():
+    with _told(out), beside(out, replace=force) as folder, _spared_the_collector():
         interface, rounding = sources[recipe.interface], Rounding()
         hashes = write_weights(Materializer(sources).stretches(recipe, rounding), interface, folder)
         _copy_interface(interface, folder)
@@ -182,24 +180,11 @@ def _check_unchanged(config: Config, recorded: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _beside(out: Path, force: bool) -> Iterator[Path]:
-    """A fresh folder next to `out` that takes its place if the block succeeds, and is removed if not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+def _told(out: Path) -> Iterator[None]:
     try:
-        yield folder
-        folder.chmod(0o755)
-        for file in folder.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        if out.is_dir() and force:
-            _replace(out, folder)
-        else:
-            folder.rename(out)  # onto nothing, or onto an empty folder
+        yield
     except OSError as error:  # a full disk, most likely
         raise ExportError(f"{out} cannot be written, and nothing of it is left: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -212,15 +197,3 @@ def _spared_the_collector() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _replace(out: Path, folder: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.rename(old / "was")
-    try:
-        folder.rename(out)
-    except OSError:
-        (old / "was").rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from evo.accounting import ACCOUNTING_FILE
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.export import ExportError, write_checkpoint
+from evo.in_place import beside
 from evo.merge import METHODS, get_method, kernels
 from evo.merge_file import RecipeError, merge
 from search_spaces.layout import Role
@@ -49,6 +50,27 @@ RULES = (
     Rule("linear", {"a": 1.0, "b": 0.0}, roles=(Role.ROUTED_EXPERT, Role.FFN)),
     Rule("ties", {"a": 0.6, "b": 0.5}, tensors=("*.input_layernorm.weight",)),
 )
+
+
+def test_what_kill_9_leaves_behind_is_removed_by_the_next(tmp_path):
+    """And what a living process writes is not."""
+    out = tmp_path / "a [model]"
+    code = "import sys, time; from pathlib import Path; from evo.in_place import beside\n"
+    code += (
+        "with beside(Path(sys.argv[1])) as folder: (folder / 'half').touch(); print(folder, flush=True); time.sleep(99)"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", code, out], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    dead, living = (Path(job.stdout.readline().rstrip()) for job in jobs)
+    jobs[0].kill()
+    jobs[0].wait()
+    (mine := tmp_path / f".{out.name}.mine").mkdir()
+    assert dead.is_dir()
+    with beside(out) as folder:
+        (folder / "whole").touch()
+    assert not dead.exists() and (living / "half").is_file() and mine.is_dir()
+    assert [file.name for file in out.iterdir()] == ["whole"]
+    jobs[1].kill()
+    jobs[1].wait()
 
 
 def test_every_tensor_is_accounted_for_and_nothing_else_changes(parents, tmp_path):
