@@ -219,7 +219,10 @@ def read_vocabulary(path: Path) -> dict[str, int] | None:
         vocabulary = data.get("model", {}).get("vocab", {})
         if isinstance(vocabulary, list):  # unigram models list [token, score]
             vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-        return {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
+        found = {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
+        if not all(isinstance(index, int) for index in found.values()):
+            raise TypeError
+        return found
     except (AttributeError, TypeError, KeyError, IndexError):
         raise CheckpointError(f"{path / 'tokenizer.json'} is not the file of a fast tokenizer") from None
 

@@ -159,7 +159,9 @@ class TestDamage:
             with pytest.raises(CheckpointError, match=f"{shard.name}: tensor {name} holds (NaN|Inf)"):
                 checkpoint.tensor(name)
 
-    @pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"a": 1, "a": 2}', "\x00", '{"model": [1]}'])
+    @pytest.mark.parametrize(
+        "text", ["[" * 100_000, "[]", '{"a": 1, "a": 2}', "\x00", '{"model": [1]}', '{"model": {"vocab": {"a": [1]}}}']
+    )
     @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", INDEX_FILE])
     def test_broken_json(self, copy, moe_parents, file, text):
         (copy / file).write_text(text)

@@ -130,9 +130,18 @@ def test_shards_are_whole_groups(parents):
         Materializer(sources, {name: [Shard(torch.empty(16, 64), slice(0, 16), expert=0)]}, partial=True)
 
 
-def test_scales_that_do_not_fit_are_refused(parents, tmp_path):
-    import shutil
+@pytest.mark.parametrize("shape", [(), (16,), (2, 16), (2, 3, 8)])
+def test_blocks_of_an_odd_shape_are_refused(tmp_path, shape):
+    tensors = {
+        "w_blocks": torch.zeros(shape, dtype=torch.uint8),
+        "w_scales": torch.zeros(shape[:-1], dtype=torch.uint8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"w: expected _blocks of shape"):
+        Checkpoint.open(tmp_path)
 
+
+def test_scales_that_do_not_fit_are_refused(parents, tmp_path):
     folder = shutil.copytree(parents["a"], tmp_path / "odd")
     tensors = files_of(folder)
     del tensors["model.layers.0.mlp.experts.down_proj_scales"]

@@ -94,7 +94,8 @@ def find(headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any]) -
         if name == piece or blocks.dtype != "U8":
             continue
         scales = headers.get(name + SCALES)
-        if scales is None or blocks.shape[-1] != GROUP // 2 or scales != TensorHeader("U8", blocks.shape[:-1]):
+        fits = len(blocks.shape) >= 3 and blocks.shape[-1] == GROUP // 2
+        if scales is None or not fits or scales != TensorHeader("U8", blocks.shape[:-1]):
             raise EncodingError(
                 f"{name}: expected {BLOCKS} of shape (experts, out, groups, {GROUP // 2}) and {SCALES} of "
                 f"shape (experts, out, groups), both uint8, got {blocks} and {scales}"
