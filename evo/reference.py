@@ -81,13 +81,7 @@ def _components(table: Mapping[str, str]) -> Iterator[tuple[list[str], list[_Key
 
 
 def _methods() -> Iterator[str]:
-    yield from (
-        "## Merge methods",
-        "",
-        "Of `space.method` and of rules in recipes. `space: {knobs: {density: 0.5}}` sets",
-    )
-    yield "a knob, `{density: [0.1, 0.9]}` searches it, and `density:NAME` is one donor's, where a knob is per donor."
-    yield from ("", "| method | what it does | knobs: default (range) |", "|---|---|---|")
+    yield from (_METHODS, "| method | what it does | knobs: default (range) |", "|---|---|---|")
     for name, place in METHODS.items():
         what = _first(importlib.import_module(place.partition(":")[0]).__doc__)
         knobs = ", ".join(f"`{knob}` {_range(k)}" for knob, k in get_method(name).knobs.items())

@@ -43,7 +43,6 @@ class Nsga2(Batched):
         super().__init__(population)
         self._population = population
         self._asked: deque[tuple[Any, ...]] = deque()
-        self._n_genes = problem.n_genes
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -26,6 +26,7 @@ from evo.tracking.overview import member_page, overview, samples_page
 from fitness.types import Split
 from search_spaces.recipe import Recipe
 
+ARTIFACTS = "mlartifacts"
 IMAGE_KEY = "pareto_front"
 RUN_TAG, CANDIDATE_TAG = "mergefront.run", "mergefront.candidate"
 _PARENT_TAG, _NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"
@@ -108,7 +109,7 @@ class MlflowStore:
         if experiment is None:
             return str(self._client.create_experiment(name, artifact_location=_artifacts_beside(uri)))
         here, there = _artifacts_beside(uri), str(experiment.artifact_location)
-        if here is not None and here.startswith(self._folder.as_uri()) and there != here:
+        if there != here == (self._folder / ARTIFACTS).as_uri():
             raise RuntimeError(f"this run's folder was moved or copied, and its store would write to {there}")
         return str(experiment.experiment_id)
 
@@ -174,7 +175,7 @@ def _run_key(config: Config, created: float) -> str:
 def _artifacts_beside(uri: str) -> str | None:
     """Where artifacts of a new experiment go: beside a sqlite file; a server decides for itself."""
     scheme, _, file = uri.partition(":///")
-    return (Path(file).resolve().parent / "mlartifacts").as_uri() if scheme == "sqlite" else None
+    return (Path(file).resolve().parent / ARTIFACTS).as_uri() if scheme == "sqlite" else None
 
 
 def _run_params(config: Config) -> dict[str, object]:
