@@ -20,7 +20,7 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
     Raises:
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
     """
-    target = target_of(table, component.kind)  # type: ignore[attr-defined]
+    target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
     built = built_by(target)
     hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
     fields: dict[str, Any] = {
@@ -33,13 +33,8 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
     return {name: getattr(validated, name) for name in validated.model_fields_set}
 
 
-def target_of(table: Mapping[str, str], kind: str) -> Any:
-    """What a table has for a kind: a class or a function, or one of them with its first arguments given."""
-    return pkgutil.resolve_name(table[kind])
-
-
 def built_by(target: Any) -> Any:
-    """The class or the function itself."""
+    """The class or function that a table names, which may have its first arguments given, by itself."""
     return target.func if isinstance(target, partial) else target
 
 

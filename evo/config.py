@@ -26,6 +26,7 @@ from fitness.engines import ENGINES
 from fitness.orderliness import Orderliness
 from fitness.proxy import ESTIMATORS
 from fitness.tasks import TASKS
+from fitness.types import Seed
 from search_spaces import SPACES
 
 
@@ -258,7 +259,7 @@ class Config(_Section):
     proxy: ProxyConfig = Field(default_factory=lambda: ProxyConfig.model_validate({}))
     baselines: Baselines = Field(default_factory=lambda: Baselines.model_validate({}))
     budget: Budget
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: Seed = 0
     """Of the optimizer, of random masks, and of what is drawn while decoding."""
     memory: Memory = Field(default_factory=lambda: Memory.model_validate({}))
     tracking: Tracking = Field(default_factory=Tracking)

@@ -136,7 +136,7 @@ def write_checkpoint(
     """
     out = out.resolve()  # a link stays one
     _check_room(sources[recipe.interface], out)
-    with _told(out), beside(out, replace=force) as folder, _spared_the_collector():
+    with _told_of_the_disk(out), beside(out, replace=force) as folder, _spared_the_collector():
         interface, rounding = sources[recipe.interface], Rounding()
         hashes = write_weights(Materializer(sources).stretches(recipe, rounding), interface, folder)
         _copy_interface(interface, folder)
@@ -180,7 +180,7 @@ def _check_unchanged(config: Config, recorded: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _told(out: Path) -> Iterator[None]:
+def _told_of_the_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # a full disk, most likely

@@ -9,19 +9,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import pkgutil
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from docstring_parser import parse, parse_from_object
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from evo.components import built_by, target_of
+from evo.components import built_by
 from evo.config import Component, Config
 from evo.config_file import COMPONENTS
 from evo.merge import METHODS, Knob, get_method
-from fitness.orderliness import Orderliness
 from fitness.types import Decoding
 
 _INTRODUCTION = """# What a config may say
@@ -48,7 +48,7 @@ def reference() -> str:
     plain, sections = [], []
     for key in _fields(Config):
         section = Config.model_fields[key.name].annotation
-        if inspect.isclass(section) and (issubclass(section, BaseModel) or section is Orderliness):
+        if inspect.isclass(section) and (issubclass(section, BaseModel) or is_dataclass(section)):
             sections.append("\n".join(_section(key.name, section)))
         else:
             plain.append(key)
@@ -72,7 +72,7 @@ def _components(table: Mapping[str, str]) -> Iterator[tuple[list[str], list[_Key
     """Kinds that one class builds, and their options."""
     found: dict[Any, list[str]] = {}
     for kind in table:
-        found.setdefault(built_by(target_of(table, kind)), []).append(kind)
+        found.setdefault(built_by(pkgutil.resolve_name(table[kind])), []).append(kind)
     for built, kinds in found.items():
         said = _arguments(built)
         parameters = [p for p in inspect.signature(built).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -8,7 +8,6 @@ bytes are those that safetensors' own `save_file` writes, which wants all tensor
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ class SafetensorsWriter:
         self._places: dict[str, tuple[int, int]] = {}
         end = 0
         for name in order:
-            start, end = end, end + ITEM_BYTES[headers[name].dtype] * math.prod(headers[name].shape)
+            start, end = end, end + headers[name].n_bytes
             self._places[name] = (start, end)
         text = _header(headers, self._places)
         self._start = 8 + len(text)

@@ -138,11 +138,12 @@ class Search:
 
     def _open_ledger(self, task: Task, digests: dict[str, str]) -> Ledger:
         """Start the ledger, or open it and check that nothing it is bound to has changed."""
-        problems = {split: [problem.id for problem in task.problems(split)] for split in Split}
-        answers = {str(split): _digest_of_answers(task.problems(split)) for split in Split}
+        asked = {split: task.problems(split) for split in Split}
+        problems = {split: [problem.id for problem in found] for split, found in asked.items()}
+        answers = {str(split): _digest_of_answers(found) for split, found in asked.items()}
         if not ledger_file.exists(self.folder):
-            meta = {"config": self.config.model_dump(mode="json"), "digests": digests, "versions": _versions()}
-            meta |= {"answers": answers}
+            config = self.config.model_dump(mode="json")
+            meta = {"config": config, "digests": digests, "answers": answers, "versions": _versions()}
             return Ledger.create(self.folder, meta, problems)
         ledger = Ledger.open(self.folder)
         if not ledger.entries(Split.SEARCH):  # nothing was measured, so there is nothing to protect: start anew

@@ -50,6 +50,11 @@ def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
     return 8 * max(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint)) + MERGE_BYTES
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of the language model, where that has a place of its own."""
+    return config.get("text_config") or config
+
+
 def cache_token_bytes(config: Mapping[str, Any], item: int) -> int:
     """Cached keys and values of one token. Of MLA (DeepSeek) transformers caches the latents.
 
@@ -57,7 +62,7 @@ def cache_token_bytes(config: Mapping[str, Any], item: int) -> int:
         config: config.json.
         item: bytes of a number.
     """
-    config = config.get("text_config") or config
+    config = text_config(config)
     if rank := config.get("kv_lora_rank"):
         width = rank + config["qk_rope_head_dim"]
     else:
@@ -82,7 +87,7 @@ def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item
     """What a forward pass takes for one answer, at its worst: a layer's activations over the prompt, or its keys and
     values made out for every head (of MLA's latents, or of heads that share them), and the logits. See cache_row_bytes.
     """
-    config = config.get("text_config") or config
+    config = text_config(config)
     heads, head = _heads(config)
     expanded = 2 * head if (config.get("num_key_value_heads") or heads) != heads else 0
     if config.get("kv_lora_rank"):

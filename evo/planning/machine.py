@@ -28,7 +28,7 @@ from evo.checkpoint import Checkpoint
 from evo.components import component_options
 from evo.config import Config
 from evo.planning.batching import Batch
-from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, cache_token_bytes, model_bytes
+from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, cache_token_bytes, model_bytes, text_config
 from evo.planning.plan import Load, Plan, PlanError, Settings, check, make_plan
 from evo.planning.ranks import rank_table
 from evo.planning.sources import Sources, used_sources
@@ -174,8 +174,7 @@ def device_of(options: dict[str, Any]) -> torch.device:
 
 def _context(interface: Checkpoint) -> int | None:
     """Tokens that a prompt and its answer may have together."""
-    config = interface.config()
-    found: int | None = config.get("text_config", config).get("max_position_embeddings")
+    found: int | None = text_config(interface.config()).get("max_position_embeddings")
     return found
 
 
@@ -213,8 +212,9 @@ def _batch_size(
     if isinstance(batch, int):
         return batch
     dtype = options.get("dtype", "bfloat16")
-    row = cache_row_bytes(interface.config(), load.prompt, config.engine.max_tokens, DTYPE_BYTES[dtype])
-    row += ROW_LOGIT_BYTES * interface.config().get("text_config", interface.config())["vocab_size"]
+    model = interface.config()
+    row = cache_row_bytes(model, load.prompt, config.engine.max_tokens, DTYPE_BYTES[dtype])
+    row += ROW_LOGIT_BYTES * text_config(model)["vocab_size"]
     return rows_that_fit(row, free - model_bytes(interface, dtype), device)
 
 
