@@ -1,4 +1,4 @@
-"""The C++ of a tape: strips of elements; in each a loop over them, and before it what they look up in tables.
+"""The C++ of a tape: strips of elements; in each a loop over them, and before it what is pruned by magnitude.
 
 Every operation is rounded by itself to float32, one after the other, as torch does it on tensors, so the loop has the
 bits of the merge. Knows no compiler.
@@ -25,7 +25,7 @@ _EXPRESSIONS = {
     "scalar": "s[{0}]",
     "row": "t[{0}][r]",
     "tile": "t[{0}][(r / {1}) * ((n_columns + {2} - 1) / {2}) + column / {2}]",
-    "gather": "found{0}[c]",
+    "magprune": "pruned{3}[c]",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
     "mul": "v{0} * v{1}",
@@ -43,15 +43,11 @@ _EXPRESSIONS = {
     "neg": "-v{0}",
     "sign": "(v{0} > 0.0f ? 1.0f : 0.0f) - (v{0} < 0.0f ? 1.0f : 0.0f)",
     "square": "v{0} * v{0}",
-    "bits": "bits_of(v{0})",
-    "shift": "v{0} >> {1}",
-    "and": "v{0} & {1}",
 }
 _PLACES = {"scalar": "call", "row": "strip", "tile": "strip"}
 """Where what does not change from element to element is computed."""
-_N_NODES = {"input": 0, "half": 0, "noise": 0, "gather": 0, "shift": 1, "and": 1}
-"""How many of an operation's operands are nodes computed in the same loop; all, where it is not named."""
-_INTEGERS = ("bits", "shift", "and")
+_FROM_MEMORY = ("input", "half", "noise", "magprune")
+"""What needs no other node in the same loop."""
 
 
 def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
@@ -76,10 +72,15 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
             )
         elif operation in _PLACES:
             lines[_PLACES[operation]].append(f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
-    if looked_up := {node[1]: nodes[node[2]][1] for node in nodes if node[0] == "gather"}:  # table -> uncut index
-        lines["strip"] += [f"int32_t index{t}[STRIP]; float found{t}[STRIP];" for t in looked_up]
-        lines["strip"] += _loop(nodes, [*looked_up.values()], [f"index{t}[c] = v{v};" for t, v in looked_up.items()])
-        lines["strip"] += [f"look_up(t[{t}], index{t}, width, found{t});" for t in looked_up]
+    if pruned := [node[1:] for node in nodes if node[0] == "magprune"]:
+        for *_, gains, rescale in pruned:
+            lines["call"].append(f"const chances h{gains}(t[{gains}], {rescale});")
+            lines["strip"].append(f"alignas(64) float pruned{gains}[STRIP];")
+        uses = [f"pruned{gains}[c] = v{tau};" for tau, *_, gains, _ in pruned]
+        lines["strip"] += _loop(nodes, [tau for tau, *_ in pruned], uses)
+        for _, rows, noise, gains, _ in pruned:
+            stream = f"u{nodes[noise][1]}.halves + odd"
+            lines["strip"].append(f"magprune(pruned{gains}, v{rows}, {stream}, h{gains}, width);")
     result, kind = nodes[-1][1], STORED[dtypes[-1]]
     lines["strip"].append(f"{kind}* __restrict y = ({kind}*)out + (i - begin);")
     lines["strip"] += _loop(nodes, [result], [f"store(y + c, v{result});"])
@@ -92,9 +93,8 @@ def _loop(nodes: Sequence[Node], targets: Sequence[int], uses: Sequence[str]) ->
     for v in range(max(targets), -1, -1):
         operation, *operands = nodes[v]
         if v in wanted and operation not in _PLACES:
-            kind = "int32_t" if operation in _INTEGERS else "float"
-            lines.insert(0, f"const {kind} v{v} = {_EXPRESSIONS[operation].format(*operands)};")
-            wanted.update(operands[: _N_NODES.get(operation, 2)])
+            lines.insert(0, f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
+            wanted.update(() if operation in _FROM_MEMORY else operands)
     return ["#pragma GCC ivdep", "for (int32_t c = 0; c < width; ++c) {", *lines]
 
 
@@ -102,7 +102,7 @@ _SOURCE = """
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
 
@@ -146,9 +146,10 @@ static inline void store(e4m3* to, float x) {  // to nearest, ties to even
 }
 
 // Hashes first, first + 1, ... of a stream, as in noise.py; each makes two numbers of 16 bits.
-union hashes { uint32_t words[STRIP / 2 + 1]; uint16_t halves[STRIP + 2]; };
+enum { HASHES = STRIP / 2 + 16 };  // one more than a strip could need, rounded up to whole vectors
+union alignas(64) hashes { uint32_t words[HASHES]; uint16_t halves[2 * HASHES]; };
 static inline void fill(hashes& to, uint32_t first, key k) {
-  for (uint32_t j = 0; j < STRIP / 2 + 1; ++j) {
+  for (uint32_t j = 0; j < HASHES; ++j) {
     uint32_t x = (first + j) ^ k.words[0];
     x = (x ^ (x >> 16)) * 0x7feb352du ^ k.words[1];
     x = (x ^ (x >> 15)) * 0x846ca68bu;
@@ -166,19 +167,56 @@ static inline void unpack(const uint8_t* bytes, int32_t odd, int32_t n, int8_t* 
   if (n & 1) found[n - 1] = (int8_t)(bytes[n / 2] & 15) - 8;
 }
 
-// The numbers of a table that the last six bits of each index name. Tables of 64 numbers fit into registers.
-static inline void look_up(const float* table, const int32_t* index, int32_t n, float* __restrict found) {
-#ifdef __AVX512F__
-  const __m512 a = _mm512_loadu_ps(table), b = _mm512_loadu_ps(table + 16);
-  const __m512 c = _mm512_loadu_ps(table + 32), d = _mm512_loadu_ps(table + 48);
-  for (int32_t j = 0; j < n; j += 16) {  // may go on after n: strips are multiples of 16
-    const __m512i i = _mm512_loadu_si512(index + j);
-    const __mmask16 upper = _mm512_test_epi32_mask(i, _mm512_set1_epi32(32));
-    const __m512 low = _mm512_permutex2var_ps(a, i, b), high = _mm512_permutex2var_ps(c, i, d);
-    _mm512_storeu_ps(found + j, _mm512_mask_blend_ps(upper, low, high));
+// What magprune of della_linear.py does in each of its 64 buckets, where noise is a whole number of 16 bits.
+struct chances {
+  float factor[64];                   // of those that are kept,
+  uint16_t low[64], high[64];         // its two halves,
+  uint16_t last[64];                  // and the largest noise with which they are
+  chances(const float* gains, bool rescale) {
+    for (int32_t j = 0; j < 64; ++j) {
+      const int32_t most = (int32_t)(0x1p16f / gains[j]) + 1;
+      last[j] = most < 0xffff ? (uint16_t)most : 0xffff;
+      while ((float)(int32_t)last[j] * 0x1p-16f * gains[j] >= 1.0f) --last[j];
+      factor[j] = rescale ? gains[j] : 1.0f;
+      low[j] = (uint16_t)bits_of(factor[j]);
+      high[j] = (uint16_t)(bits_of(factor[j]) >> 16);
+    }
+  }
+};
+
+static inline void magprune(float* __restrict tau, float row, const uint16_t* noise, const chances& of, int32_t n) {
+  enum { SMALLEST = 0x3800, LARGEST = 0x3fff };  // upper halves of floats: buckets are what is between them, over 32
+#ifdef __AVX512BW__  // tables of 64 numbers of 16 bits fit into two registers, and 32 are looked up at once
+  const auto load = [](const void* p) { return _mm512_loadu_si512(p); };
+  const auto pick = [](__m512i a, __m512i index, __m512i b) { return _mm512_permutex2var_epi16(a, index, b); };
+  const auto integers = [](__m512 x) { return _mm512_castps_si512(x); };
+  uint16_t numbers[3][32];
+  for (int32_t j = 0; j < 32; ++j) {
+    numbers[0][j] = (uint16_t)(2 * j + 1);                 // upper halves of two vectors
+    numbers[1][j] = (uint16_t)(j / 2 + (j & 1) * 32);      // the first of two vectors' interleaved halves,
+    numbers[2][j] = (uint16_t)(j / 2 + (j & 1) * 32 + 16); // and the second
+  }
+  const __m512i upper = load(numbers[0]), first = load(numbers[1]), second = load(numbers[2]);
+  const __m512i last0 = load(of.last), last1 = load(of.last + 32);
+  const __m512i low0 = load(of.low), low1 = load(of.low + 32);
+  const __m512i high0 = load(of.high), high1 = load(of.high + 32);
+  for (int32_t j = 0; j < n; j += 32) {  // may go on after n: strips are multiples of 32
+    const __m512 a = _mm512_loadu_ps(tau + j), b = _mm512_loadu_ps(tau + j + 16), rows = _mm512_set1_ps(row);
+    __m512i i = pick(integers(_mm512_mul_ps(a, rows)), upper, integers(_mm512_mul_ps(b, rows)));
+    i = _mm512_subs_epu16(_mm512_and_si512(i, _mm512_set1_epi16(0x7fff)), _mm512_set1_epi16(SMALLEST));
+    i = _mm512_srli_epi16(_mm512_min_epu16(i, _mm512_set1_epi16(LARGEST - SMALLEST)), 5);
+    const __mmask32 kept = _mm512_cmple_epu16_mask(load(noise + j), pick(last0, i, last1));
+    const __m512i low = _mm512_maskz_mov_epi16(kept, pick(low0, i, low1));
+    const __m512i high = _mm512_maskz_mov_epi16(kept, pick(high0, i, high1));
+    _mm512_storeu_ps(tau + j, _mm512_mul_ps(a, _mm512_castsi512_ps(pick(low, first, high))));
+    _mm512_storeu_ps(tau + j + 16, _mm512_mul_ps(b, _mm512_castsi512_ps(pick(low, second, high))));
   }
 #else
-  for (int32_t j = 0; j < n; ++j) found[j] = table[index[j] & 63];
+  for (int32_t j = 0; j < n; ++j) {
+    int32_t i = (bits_of(tau[j] * row) & 0x7fffffff) >> 16;
+    i = ((i < SMALLEST ? SMALLEST : i > LARGEST ? LARGEST : i) - SMALLEST) / 32;
+    tau[j] *= noise[j] <= of.last[i] ? of.factor[i] : 0.0f;
+  }
 #endif
 }
 

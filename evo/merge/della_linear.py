@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from evo.merge import Measure, Method, Stats
 from evo.merge.blocks import blocks
@@ -43,18 +44,34 @@ def della(
     differ in scale, not in the shape of their distribution. Elements of one bucket share their mean rank.
     """
     taus = [
-        _magprune(donor - base, measured, uniform, rho, min(half_width, rho, 1.0 - rho), bool(rescale))
+        _pruned(donor - base, measured, uniform, rho, min(half_width, rho, 1.0 - rho), bool(rescale))
         for donor, measured, uniform, rho, half_width in zip(donors, stats, noise, density, epsilon, strict=True)
     ]
     return fuse(base, taus, coefficients, elect=elect, normalize=normalize, lambda_=lambda_)
 
 
-def _magprune(tau: Tensor, stats: Stats, noise: Tensor, density: float, epsilon: float, rescale: bool) -> Tensor:
+def _pruned(tau: Tensor, stats: Stats, noise: Tensor, density: float, epsilon: float, rescale: bool) -> Tensor:
     assert stats.rows is not None
     if density == 0.0:
         return tau.zero_()
     chances = (stats.whole * (2.0 * epsilon)).add_(density - epsilon).clamp_min_(_SMALLEST_CHANCE)
-    gain = chances.reciprocal_().index_select(0, _bucket(tau.abs().mul_(stats.rows))).view_as(tau)
+    return magprune(tau, stats.rows, chances.reciprocal_(), noise, rescale)
+
+
+def magprune(tau: Tensor, rows: Tensor, gains: Tensor, noise: Tensor, rescale: bool) -> Tensor:
+    """The elements that are kept, zero elsewhere. One operation to compiled loops.
+
+    Args:
+        tau: float32 (r, c). It is overwritten.
+        rows: (r, 1): what a row's magnitudes are multiplied by, to find their buckets.
+        gains: (64,): 1 / chance to be kept, for each bucket.
+        noise: uniform in [0, 1), (r, c). It is overwritten.
+        rescale: whether to multiply by the gain.
+    """
+    if has_torch_function_unary(tau):
+        recorded: Tensor = handle_torch_function(magprune, (tau,), tau, rows, gains, noise, rescale)
+        return recorded
+    gain = gains.index_select(0, _bucket(tau.abs().mul_(rows))).view_as(tau)
     kept = noise.mul_(gain).lt_(1.0)  # noise < chance, without a division
     return tau.mul_(kept).mul_(gain) if rescale else tau.mul_(kept)
 

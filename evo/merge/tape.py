@@ -16,9 +16,6 @@ from torch import Tensor
 Node = tuple[Any, ...]
 """An operation and its operands: indices of nodes, or plain integers where the operation says so."""
 
-TABLE = 64
-"""Numbers of a table in which elements are looked up."""
-
 _BINARY = ("add", "sub", "mul", "div", "ge", "gt", "le", "lt", "eq", "clamp_min", "clamp_max", "hardshrink", "copysign")
 _UNARY = ("abs", "neg", "sign", "square")
 _OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div"}
@@ -130,46 +127,18 @@ class Symbol:
         """Itself."""
         return self
 
-    def view(self, dtype: torch.dtype) -> Bits:
-        """The bits of a float32."""
-        if dtype is not torch.int32:
-            raise Untraceable(f"cannot record a view as {dtype}")
-        self.tape.nodes.append(("bits", self.node))
-        return Bits(self.tape, len(self.tape.nodes) - 1)
-
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Symbol:
-        """What is asked of a tensor, with a symbol for an argument: to look elements up."""
-        if function.__name__ != "index_select" or kwargs:
+        """What is asked of a tensor, with a symbol for an argument."""
+        if function.__name__ != "magprune":
             raise Untraceable(f"cannot record torch.{function.__name__}")
-        table, _, index = args
-        return _gather(index.tape, table, index)
-
-
-class Bits(Symbol):
-    """Stands for an int32: the index into a table."""
-
-    __slots__ = ()
-
-    def __rshift__(self, n_bits: int) -> Bits:
-        return self._next("shift", n_bits)
-
-    def bitwise_and_(self, mask: int) -> Bits:
-        """The bits of a mask."""
-        return self._next("and", mask)
-
-    def _next(self, operation: str, *numbers: int) -> Bits:
-        self.tape.nodes.append((operation, self.node, *numbers))
-        return Bits(self.tape, len(self.tape.nodes) - 1)
-
-
-def _gather(tape: Tape, table: Tensor, index: Bits) -> Symbol:
-    if table.numel() != TABLE or tape.nodes[index.node][::2] != ("and", TABLE - 1):
-        raise Untraceable(f"cannot record a look-up but in {TABLE} numbers, and by the last bits of an integer")
-    tape.tensors.append(table)
-    return tape.symbol("gather", len(tape.tensors) - 1, index.node)
+        tau, rows, gains, noise, rescale = args
+        tape = tau.tape
+        tape.tensors.append(gains)
+        table = len(tape.tensors) - 1
+        return tape.symbol("magprune", tau.node, tape.index(rows), noise.node, table, int(rescale))
 
 
 def _binary(name: str, *, swapped: bool = False, in_place: bool = False) -> Callable[[Symbol, Any], Symbol]:

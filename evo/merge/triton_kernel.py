@@ -30,7 +30,7 @@ _EXPRESSIONS = {
     "row": "tl.full([N], tl.load(t{0} + first_row + row), tl.float32)",
     "tile": "tl.load(t{0} + (first_row + row) // {1} * ((n_columns + {2} - 1) // {2}) + column // {2}, "
     "mask=there, other=0.0)",
-    "gather": "tl.load(t{0} + v{1}, mask=there, other=0.0)",
+    "magprune": "magprune(v{0}, v{2}, tl.load(t{3} + bucket(v{0} * v{1})), {4})",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
     "mul": "v{0} * v{1}",
@@ -48,9 +48,6 @@ _EXPRESSIONS = {
     "neg": "floats(bits(v{0}) ^ SIGN)",
     "sign": "tl.where(v{0} > 0.0, 1.0, 0.0) - tl.where(v{0} < 0.0, 1.0, 0.0)",
     "square": "v{0} * v{0}",
-    "bits": "bits(v{0})",
-    "shift": "v{0} >> {1}",
-    "and": "v{0} & {1}",
 }
 _STORED = {
     torch.float32: "v{0}",
@@ -145,10 +142,10 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
         nodes: operations, the last of which names the result.
         dtypes: of the inputs, then of the result.
     """
-    of = {kind: [node for node in nodes if node[0] == kind] for kind in ("scalar", "row", "tile", "gather", "noise")}
+    of = {kind: [node for node in nodes if node[0] == kind] for kind in ("scalar", "row", "tile", "magprune", "noise")}
     names = [f"x{i}" for i in range(len(dtypes) - 1)]
     names += [f"s{i}" for i in range(len(of["scalar"]))]
-    names += [f"t{i}" for i in range(len(of["row"]) + len(of["tile"]) + len(of["gather"]))]
+    names += [f"t{i}" for i in range(len(of["row"]) + len(of["tile"]) + len(of["magprune"]))]
     words = [f"{letter}{d}" for d in range(len(of["noise"])) for letter in "kl"]
     values = [_EXPRESSIONS[operation].format(*operands) for operation, *operands in nodes[:-1]]
     return _SOURCE.format(
@@ -214,6 +211,21 @@ def uniform(i, first_word, second_word):
     x = x ^ (x >> 16)
     half = tl.where((i & 1) == 1, x >> 16, x & 0xffff) ^ 0x8000
     return half.to(tl.int32).to(tl.float32) * 1.52587890625e-05
+
+
+@triton.jit
+def bucket(x):
+    # As in della_linear.py: buckets are the upper halves of floats from one to another, over 32.
+    upper = (bits(x) & 0x7fffffff) >> 16
+    return (tl.minimum(tl.maximum(upper, 0x3800), 0x3fff) - 0x3800) >> 5
+
+
+@triton.jit
+def magprune(tau, noise, gain, rescale: tl.constexpr):
+    if rescale:
+        return tau * tl.where(noise * gain < 1.0, gain, 0.0)
+    else:
+        return tau * tl.where(noise * gain < 1.0, 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize={words})
