@@ -95,7 +95,7 @@ def _loop(nodes: Sequence[Node], targets: Sequence[int], uses: Sequence[str]) ->
         if v in wanted and operation not in _PLACES:
             lines.insert(0, f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
             wanted.update(() if operation in _FROM_MEMORY else operands)
-    return ["#pragma GCC ivdep", "for (int32_t c = 0; c < width; ++c) {", *lines]
+    return ["#pragma GCC ivdep", "#pragma GCC unroll 2", "for (int32_t c = 0; c < width; ++c) {", *lines]
 
 
 _SOURCE = """

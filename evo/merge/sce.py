@@ -30,7 +30,7 @@ def sce(
     sign = elected_sign(taus)
     agreeing = [tau.mul_(sign).clamp_min_(0.0) for tau in taus]
     merged = weighted_sum(agreeing, [c * share for c, share in zip(coefficients, shares, strict=True)])
-    merged /= at_least_something(weighted_sum([x.gt_(0.0) for x in agreeing], shares))
+    merged /= at_least_something(weighted_sum([x.gt_(0.0) for x in agreeing], shares), shares)
     return merged.mul_(sign).add_(base)
 
 

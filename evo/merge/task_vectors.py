@@ -29,6 +29,7 @@ EPSILON = Knob(0.15, 0.0, 0.5, per_donor=True)
 """How far the probability of being kept may lie from the density."""
 LAMBDA = Knob(1.0, 0.0, 10.0)
 """Factor of the merged task vector."""
+_TINY = 2.0**-100  # not to be taken for 0 by float32
 
 
 def switch(on: bool) -> Knob:
@@ -81,7 +82,8 @@ def elected_sum(weighted: Sequence[Tensor], weights: Sequence[float], normalize:
     agreeing = [x.mul_(sign).clamp_min_(0.0) for x in weighted]
     merged = total_of(agreeing)
     if normalize:
-        merged /= at_least_something(total_of([x.gt_(0.0).mul_(w) for x, w in zip(agreeing, weights, strict=True)]))
+        taking_part = total_of([x.gt_(0.0).mul_(w) for x, w in zip(agreeing, weights, strict=True)])
+        merged /= at_least_something(taking_part, weights)
     return merged.mul_(sign)
 
 
@@ -99,9 +101,17 @@ def total_of(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def at_least_something(divisor: Tensor) -> Tensor:
-    """Zeros replaced by 1, in place: nobody takes part, and 0 / 1 is what is left."""
-    return divisor.add_(divisor.clone().eq_(0.0))
+def at_least_something(total: Tensor, weights: Sequence[float]) -> Tensor:
+    """Sums of weights to divide by, zeros replaced, in place: nobody takes part there, and 0 is what is divided.
+
+    Args:
+        total: sums of some of the weights.
+        weights: of which any may be 0.
+    """
+    smallest = min((w for w in weights if w != 0.0), default=1.0)
+    if smallest > _TINY:  # then no sum but 0 is below it
+        return total.clamp_min_(smallest)
+    return total.add_(total.clone().eq_(0.0))
 
 
 def copy_of_sparse(
