@@ -97,9 +97,13 @@ def _account(recipe: Recipe, rule: Rule, i: int) -> Account:
 
 
 def to_json(accounts: Mapping[str, Account], hashes: Mapping[str, str]) -> str:
-    """The text of accounting.json: tensor of the files -> how, sources, methods, rules, BLAKE3 of its bytes."""
-    found = {name: {**vars(account), "blake3": hashes[name]} for name, account in accounts.items()}
-    return json.dumps({"summary": summary(accounts), "tensors": found}, indent=1) + "\n"
+    """The text of accounting.json, a line a tensor: how it was made, sources, methods, rules, BLAKE3 of its bytes."""
+    tensors = [
+        f"  {json.dumps(name)}: {json.dumps({**vars(account), 'blake3': hashes[name]})}"
+        for name, account in accounts.items()
+    ]
+    lines = ",\n".join(tensors)
+    return f'{{\n "summary": {json.dumps(summary(accounts))},\n "tensors": {{\n{lines}\n }}\n}}\n'
 
 
 def summary(accounts: Mapping[str, Account]) -> str:

@@ -25,7 +25,7 @@ _EXPRESSIONS = {
     "scalar": "s[{0}]",
     "row": "t[{0}][r]",
     "tile": "t[{0}][(r / {1}) * ((n_columns + {2} - 1) / {2}) + column / {2}]",
-    "magprune": "pruned{3}[c]",
+    "magprune": "pruned{5}[c]",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
     "mul": "v{0} * v{1}",
@@ -73,14 +73,14 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
         elif operation in _PLACES:
             lines[_PLACES[operation]].append(f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
     if pruned := [node[1:] for node in nodes if node[0] == "magprune"]:
-        for *_, gains, rescale in pruned:
-            lines["call"].append(f"const chances h{gains}(t[{gains}], {rescale});")
-            lines["strip"].append(f"alignas(64) float pruned{gains}[STRIP];")
-        uses = [f"pruned{gains}[c] = v{tau};" for tau, *_, gains, _ in pruned]
+        for *_, least, slope, ranks, rescale in pruned:
+            lines["call"].append(f"const chances h{ranks}(t[{ranks}], v{least}, v{slope}, {rescale});")
+            lines["strip"].append(f"alignas(64) float pruned{ranks}[STRIP];")
+        uses = [f"pruned{ranks}[c] = v{tau};" for tau, *_, ranks, _ in pruned]
         lines["strip"] += _loop(nodes, [tau for tau, *_ in pruned], uses)
-        for _, rows, noise, gains, _ in pruned:
+        for _, rows, noise, *_, ranks, _ in pruned:
             stream = f"u{nodes[noise][1]}.halves + odd"
-            lines["strip"].append(f"magprune(pruned{gains}, v{rows}, {stream}, h{gains}, width);")
+            lines["strip"].append(f"magprune(pruned{ranks}, v{rows}, {stream}, h{ranks}, width);")
     result, kind = nodes[-1][1], STORED[dtypes[-1]]
     lines["strip"].append(f"{kind}* __restrict y = ({kind}*)out + (i - begin);")
     lines["strip"] += _loop(nodes, [result], [f"store(y + c, v{result});"])
@@ -167,17 +167,16 @@ static inline void unpack(const uint8_t* bytes, int32_t odd, int32_t n, int8_t* 
   if (n & 1) found[n - 1] = (int8_t)(bytes[n / 2] & 15) - 8;
 }
 
-// What magprune of della_linear.py does in each of its 64 buckets, where noise is a whole number of 16 bits.
+// What magprune.py does in each of its 64 buckets, where noise is a whole number of 16 bits.
 struct chances {
-  float factor[64];                   // of those that are kept,
-  uint16_t low[64], high[64];         // its two halves,
-  uint16_t last[64];                  // and the largest noise with which they are
-  chances(const float* gains, bool rescale) {
+  float factor[64];            // of those that are kept,
+  uint16_t low[64], high[64];  // its two halves,
+  uint16_t last[64];           // and the largest noise with which they are
+  chances(const float* ranks, float least, float slope, bool rescale) {
     for (int32_t j = 0; j < 64; ++j) {
-      const int32_t most = (int32_t)(0x1p16f / gains[j]) + 1;
-      last[j] = most < 0xffff ? (uint16_t)most : 0xffff;
-      while ((float)(int32_t)last[j] * 0x1p-16f * gains[j] >= 1.0f) --last[j];
-      factor[j] = rescale ? gains[j] : 1.0f;
+      const float product = ranks[j] * slope, sum = product + least, chance = sum < 0x1p-16f ? 0x1p-16f : sum;
+      last[j] = (uint16_t)(chance < 1.0f ? std::ceil(chance * 0x1p16f) - 1.0f : 65535.0f);
+      factor[j] = rescale ? 1.0f / chance : 1.0f;
       low[j] = (uint16_t)bits_of(factor[j]);
       high[j] = (uint16_t)(bits_of(factor[j]) >> 16);
     }

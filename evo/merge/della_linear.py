@@ -6,18 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from evo.merge import Measure, Method, Stats
 from evo.merge.blocks import blocks
+from evo.merge.magprune import N_BUCKETS, UNIT, bucket, magprune
 from evo.merge.statistics import BLOCK_ELEMENTS, exact_sum, peak
 from evo.merge.task_vectors import DENSITY, EPSILON, LAMBDA, copy_of_sparse, fuse, magnitudes, switch
-
-_N_BUCKETS = 64  # 4 an octave, from 2^-10 to 2^6 times a row's mean magnitude: a table that fits into registers
-_SHIFT = 21  # leaves an element's exponent and two bits of its fraction
-_UNIT = 32.0  # row means that count as 1: with it the buckets' exponents end in 0000 to 1111
-_SMALLEST, _LARGEST = 2.0**-10 / _UNIT, (2.0**6 - 2.0**-17) / _UNIT  # the latter is the last float below 2
-_SMALLEST_CHANCE = 2.0**-16  # that noise can tell from none
 
 
 def della(
@@ -54,26 +48,7 @@ def _pruned(tau: Tensor, stats: Stats, noise: Tensor, density: float, epsilon: f
     assert stats.rows is not None
     if density == 0.0:
         return tau.zero_()
-    chances = (stats.whole * (2.0 * epsilon)).add_(density - epsilon).clamp_min_(_SMALLEST_CHANCE)
-    return magprune(tau, stats.rows, chances.reciprocal_(), noise, rescale)
-
-
-def magprune(tau: Tensor, rows: Tensor, gains: Tensor, noise: Tensor, rescale: bool) -> Tensor:
-    """The elements that are kept, zero elsewhere. One operation to compiled loops.
-
-    Args:
-        tau: float32 (r, c). It is overwritten.
-        rows: (r, 1): what a row's magnitudes are multiplied by, to find their buckets.
-        gains: (64,): 1 / chance to be kept, for each bucket.
-        noise: uniform in [0, 1), (r, c). It is overwritten.
-        rescale: whether to multiply by the gain.
-    """
-    if has_torch_function_unary(tau):
-        recorded: Tensor = handle_torch_function(magprune, (tau,), tau, rows, gains, noise, rescale)
-        return recorded
-    gain = gains.index_select(0, _bucket(tau.abs().mul_(rows))).view_as(tau)
-    kept = noise.mul_(gain).lt_(1.0)  # noise < chance, without a division
-    return tau.mul_(kept).mul_(gain) if rescale else tau.mul_(kept)
+    return magprune(tau, stats.rows, stats.whole, noise, density - epsilon, 2.0 * epsilon, rescale)
 
 
 def ranks_by_magnitude(donors: Sequence[Tensor], base: Tensor) -> Stats:
@@ -86,18 +61,12 @@ def ranks_by_magnitude(donors: Sequence[Tensor], base: Tensor) -> Stats:
     (donor,) = donors
     magnitude = magnitudes(donor, base)
     sums = exact_sum(lambda block: magnitude(block).double(), base, peak(magnitude, base), by_row=True)
-    inverse = torch.where(sums > 0.0, base.shape[1] / _UNIT / sums, 0.0).float()[:, None]
-    counts = torch.zeros(_N_BUCKETS, dtype=torch.int64, device=base.device)
+    inverse = torch.where(sums > 0.0, base.shape[1] / UNIT / sums, 0.0).float()[:, None]
+    counts = torch.zeros(N_BUCKETS, dtype=torch.int64, device=base.device)
     for block in blocks(base, BLOCK_ELEMENTS):
-        counts += torch.bincount(_bucket(magnitude(block).mul_(inverse[block[0]])), minlength=_N_BUCKETS)
+        counts += torch.bincount(bucket(magnitude(block).mul_(inverse[block[0]])), minlength=N_BUCKETS)
     ends = counts.cumsum(0).double()
     return Stats(((ends - 0.5 * counts) / max(1, base.numel())).float(), inverse)
-
-
-def _bucket(relative: Tensor) -> Tensor:
-    """Bucket of each relative magnitude, int32, flat: the last bits of its exponent and the first of its fraction."""
-    bits = relative.clamp_(_SMALLEST, _LARGEST).reshape(-1).view(torch.int32) >> _SHIFT
-    return bits.bitwise_and_(_N_BUCKETS - 1)
 
 
 DELLA_LINEAR = Method(

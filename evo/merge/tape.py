@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from evo.merge.magprune import magprune
 
 Node = tuple[Any, ...]
 """An operation and its operands: indices of nodes, or plain integers where the operation says so."""
@@ -132,13 +133,13 @@ class Symbol:
         cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Symbol:
         """What is asked of a tensor, with a symbol for an argument."""
-        if function.__name__ != "magprune":
+        if function is not magprune:
             raise Untraceable(f"cannot record torch.{function.__name__}")
-        tau, rows, gains, noise, rescale = args
-        tape = tau.tape
-        tape.tensors.append(gains)
-        table = len(tape.tensors) - 1
-        return tape.symbol("magprune", tau.node, tape.index(rows), noise.node, table, int(rescale))
+        tau, rows, ranks, noise, least, slope, rescale = args
+        tape: Tape = tau.tape
+        numbers = [tape.index(number) for number in (rows, noise, least, slope)]
+        tape.tensors.append(ranks)
+        return tape.symbol("magprune", tau.node, *numbers, len(tape.tensors) - 1, int(rescale))
 
 
 def _binary(name: str, *, swapped: bool = False, in_place: bool = False) -> Callable[[Symbol, Any], Symbol]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evo.merge.kernels import CannotCompile, Given
+from evo.merge.magprune import chances
 from evo.merge.tape import Node
 
 MOST_ELEMENTS = 1024
@@ -30,7 +31,7 @@ _EXPRESSIONS = {
     "row": "tl.full([N], tl.load(t{0} + first_row + row), tl.float32)",
     "tile": "tl.load(t{0} + (first_row + row) // {1} * ((n_columns + {2} - 1) // {2}) + column // {2}, "
     "mask=there, other=0.0)",
-    "magprune": "magprune(v{0}, v{2}, tl.load(t{3} + bucket(v{0} * v{1})), {4})",
+    "magprune": "magprune(v{0}, v{2}, t{5} + bucket(v{0} * v{1}), {6})",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
     "mul": "v{0} * v{1}",
@@ -71,7 +72,7 @@ class TritonKernel:
 
     def __init__(self, nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> None:
         self.is_right: bool | None = None
-        self._dtypes = dtypes
+        self._nodes, self._dtypes = nodes, dtypes
         self._has_rows = any(operation in ("row", "tile") for operation, *_ in nodes)
         try:
             with tempfile.TemporaryDirectory(prefix="mergefront-") as folder:  # Triton reads a function from its file
@@ -87,7 +88,12 @@ class TritonKernel:
 
     def pack(self, given: Given) -> tuple[Any, ...]:
         """See kernels.Loop."""
-        return given.first, (*map(_as_bytes, given.tensors), *given.scalars, *given.tables, *given.words)
+        tables = list(given.tables)
+        for _, _, _, _, least, slope, ranks, _ in (node for node in self._nodes if node[0] == "magprune"):
+            least, slope = (given.scalars[self._nodes[number][1]] for number in (least, slope))
+            chance = chances(given.tables[ranks], least, slope)
+            tables[ranks] = torch.cat([chance, chance.reciprocal()])  # a division for each element would cost more
+        return given.first, (*map(_as_bytes, given.tensors), *given.scalars, *tables, *given.words)
 
     def run(self, packed: tuple[Any, ...], out: Tensor, begin: int, n_columns: int) -> None:
         """See kernels.Loop; where rows have numbers of their own, the tensors and `out` start with whole rows."""
@@ -215,17 +221,15 @@ def uniform(i, first_word, second_word):
 
 @triton.jit
 def bucket(x):
-    # As in della_linear.py: buckets are the upper halves of floats from one to another, over 32.
+    # As in magprune.py: buckets are the upper halves of floats from one to another, over 32.
     upper = (bits(x) & 0x7fffffff) >> 16
     return (tl.minimum(tl.maximum(upper, 0x3800), 0x3fff) - 0x3800) >> 5
 
 
 @triton.jit
-def magprune(tau, noise, gain, rescale: tl.constexpr):
-    if rescale:
-        return tau * tl.where(noise * gain < 1.0, gain, 0.0)
-    else:
-        return tau * tl.where(noise * gain < 1.0, 1.0, 0.0)
+def magprune(tau, noise, table, rescale: tl.constexpr):
+    kept = noise < tl.load(table)  # its chance; 1 / chance is 64 numbers later
+    return tau * tl.where(kept, tl.load(table + 64) if rescale else 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize={words})
