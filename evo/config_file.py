@@ -5,7 +5,6 @@ What can be checked without loading anything is checked here, before anything is
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import pkgutil
@@ -22,7 +21,7 @@ from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS
-from evo.places import Place, at, parse
+from evo.places import Place, at, describe, parse
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
 from search_spaces import SPACES
@@ -175,18 +174,11 @@ def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[Pla
 def _describe(lines: Mapping[Place, int], error: dict[str, Any], config: Config | None = None) -> tuple[Place, str]:
     """Place of one of pydantic's errors, and what was expected and what came."""
     place = tuple(str(part) for part in error["loc"])
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        allowed = _keys_at(place[:-1], config)
-        near = difflib.get_close_matches(place[-1], allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return place, f"unknown key {place[-1]!r}: expected one of {', '.join(allowed)}{hint}"
-    if error["type"] == "missing":
-        return place, f"the key {place[-1]!r} is missing"
+    if error["type"] in ("extra_forbidden", "missing"):
+        return place, describe(error, _keys_at(place[:-1], config))
     while len(place) > 1 and place not in lines and place[:-1] in lines:
         place = place[:-1]  # pydantic's name for one of several kinds of value
-    came = "" if isinstance(error.get("input"), dict | list | tuple) else f", got {error.get('input')!r}"
-    return place, message + came
+    return place, describe(error, ())
 
 
 def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from evo.adapter import open_checkpoints
 from evo.card import merge_card
@@ -15,12 +16,13 @@ from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible, differing_settings
 from evo.export import Told, check_target, write_checkpoint
 from evo.hub import HubError, locate, origin
+from evo.job import Job
 from evo.mergekit.document import Document
 from evo.mergekit.methods import Base
 from evo.mergekit.reader import to_recipe
 from evo.mergekit.settings import MergekitError
-from evo.places import Place, at, parse
-from search_spaces.recipe import Recipe, Source
+from evo.places import Place, at, describe, parse
+from search_spaces.recipe import Recipe, Rule, Source
 
 _Opener = Callable[[Mapping[str, Path], str | None, str], dict[str, Checkpoint]]
 """Opens folders by name: told which of them adapters rest on, and what the file calls that."""
@@ -95,8 +97,16 @@ def _read_recipe(
 ) -> tuple[Recipe, dict[str, Checkpoint], list[str]]:
     try:
         recipe = Recipe.from_dict(data)
+    except ValidationError as error:
+        found = [_describe(dict(e)) for e in error.errors()]
+        raise RecipeError("\n".join(at(file, lines, *said, "recipe") for said in found)) from None
     except ValueError as error:
-        raise RecipeError(f"{file}: {error}") from error
+        raise RecipeError(at(file, lines, ("version",), str(error))) from None
+    for i, rule in enumerate(recipe.rules):
+        try:
+            Job.of(recipe, rule)
+        except ValueError as error:
+            raise RecipeError(at(file, lines, ("rules", str(i)), str(error))) from None
     paths = {name: _located(source.place, file, f"{file}: {name}: ") for name, source in recipe.sources.items()}
     sources = opened(paths, "base" if "base" in paths else recipe.base, "`base`")
     sources[recipe.interface].written_map()  # an adapter has none
@@ -108,6 +118,13 @@ def _read_recipe(
             )
     named = {name: _source(paths[name], source.digest) for name, source in recipe.sources.items()}
     return replace(recipe, sources=named), sources, []
+
+
+def _describe(error: dict[str, Any]) -> tuple[Place, str]:
+    """Place of one of pydantic's errors, and what was expected and what came."""
+    place = tuple(str(part) for part in error["loc"])
+    holder = {"sources": Source, "rules": Rule}.get(place[0], Recipe) if len(place) > 1 else Recipe
+    return place, describe(error, [field.name for field in fields(holder)])
 
 
 def _read_mergekit(

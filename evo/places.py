@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,30 @@ def at(path: Path, lines: Mapping[Place, int], place: Place, message: str, top: 
     """The message with its file, line and place; of a value that is not in the file, with those of what holds it."""
     known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), ())
     return f"{path}:{lines.get(known, 1)}: {'.'.join(place) or top}: {message}"
+
+
+def describe(error: Mapping[str, Any], allowed: Sequence[str]) -> str:
+    """One of pydantic's errors: what was expected and what came.
+
+    Args:
+        error: of `ValidationError.errors()`.
+        allowed: keys that may be where it is, if it is about one that may not.
+    """
+    key, kind, message = str(error["loc"][-1] if error["loc"] else ""), error["type"], str(error["msg"])
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(key, allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {key!r}: expected one of {', '.join(allowed)}{hint}"
+    if kind in ("missing", "missing_argument"):
+        return f"the key {key!r} is missing"
+    expected = _EXPECTED.get(kind) or message.removeprefix("Value error, ")
+    shown = kind in _EXPECTED or not isinstance(error.get("input"), dict | list | tuple)
+    return f"{expected}, got {error.get('input')!r}" if shown else expected
+
+
+_EXPECTED = {
+    "tuple_type": "expected a list",
+    "dict_type": "expected keys with values",
+    "dataclass_type": "expected keys with values",
+}
+"""Where pydantic names a type of Python's."""

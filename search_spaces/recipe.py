@@ -12,16 +12,20 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
+from pydantic import ConfigDict, Strict, TypeAdapter
 
 from search_spaces.layout import Layout, Part, Role
 
 RECIPE_VERSION = 1
-_KEYS = {"version", "base", "interface", "seed", "vocabulary", "sources", "rules"}
 LARGEST = 3.4e38
 """Magnitude of a coefficient."""
+
+_Number = Annotated[float, Strict()]
+_Index = Annotated[int, Strict()]
+_NO_OTHER_KEYS = ConfigDict(extra="forbid")
 
 Cell = tuple[Role, int | None, int | None]
 """Role, block and expert of parts."""
@@ -33,6 +37,8 @@ Sites = Mapping[Site, Collection[int | None]]
 @dataclass(frozen=True)
 class Source:
     """A checkpoint that a recipe draws from."""
+
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
     path: str
     """Folder of the checkpoint, or its id on the Hub."""
@@ -55,18 +61,20 @@ class Rule:
     that live outside all blocks (embedding, head, last norm) leaves `blocks` at None or names -1.
     """
 
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
+
     method: str
     """Name of a merge method, e.g. "linear"."""
-    coefficients: Mapping[str, float]
+    coefficients: Mapping[str, _Number]
     """Source name -> coefficient."""
     roles: tuple[Role, ...] | None = None
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[_Index, ...] | None = None
     """Block indices; -1 stands for the parts outside all blocks."""
-    experts: tuple[int, ...] | None = None
+    experts: tuple[_Index, ...] | None = None
     """Routed-expert indices; a rule that names experts selects nothing else."""
     tensors: tuple[str, ...] | None = None
     """Names of tensors, with * for any characters, e.g. "*.q_proj.weight", where roles are too coarse."""
-    knobs: Mapping[str, float] = field(default_factory=dict)
+    knobs: Mapping[str, _Number] = field(default_factory=dict)
     """Further arguments of the method, as "density", or as "density:DONOR" for one donor."""
 
     def __post_init__(self) -> None:
@@ -103,13 +111,15 @@ class Recipe:
     is copied from `base`.
     """
 
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
+
     sources: Mapping[str, Source]
     base: str
     """The source that unselected parts are copied from, and that methods call their base model."""
     interface: str
     """The source whose tokenizer, chat template, stop tokens, config and generation config the child gets."""
     rules: tuple[Rule, ...] = ()
-    seed: int = 0
+    seed: _Index = 0
     """Seed of the random masks of methods that draw any; one per search, so that masks stay put."""
     vocabulary: str = "same"
     """"common" lets vocabularies differ by added and padded rows (see evo.vocabulary)."""
@@ -119,7 +129,9 @@ class Recipe:
             raise ValueError(f"vocabulary: expected 'same' or 'common', got {self.vocabulary!r}")
         named = {self.base, self.interface}.union(*(rule.coefficients for rule in self.rules))
         if missing := sorted(named - set(self.sources)):
-            raise ValueError(f"recipe names {missing}, but its sources are {sorted(self.sources)}")
+            raise ValueError(
+                f"no source is called {' or '.join(map(repr, missing))}: expected one of {', '.join(self.sources)}"
+            )
 
     def assign(self, layout: Layout) -> dict[Part, Rule | None]:
         """Give every part of a layout its rule, or None for a copy of the base."""
@@ -142,27 +154,12 @@ class Recipe:
         """Inverse of to_dict.
 
         Raises:
-            ValueError: if the version or a key is unknown, or a key is missing.
+            ValueError: if the version is unknown.
+            pydantic.ValidationError: a ValueError that knows all places where something is wrong.
         """
         if data.get("version") != RECIPE_VERSION:
             raise ValueError(f"expected a recipe of version {RECIPE_VERSION}, got {data.get('version')!r}")
-        if unknown := sorted(set(data) - _KEYS):
-            raise ValueError(f"unknown key(s) {unknown} in a recipe; expected {sorted(_KEYS)}")
-        if not isinstance(data.get("rules", []), list):
-            raise ValueError(f"rules: expected a list, got {data['rules']!r}")
-        try:
-            return cls(
-                sources={name: Source(**source) for name, source in data["sources"].items()},
-                base=data["base"],
-                interface=data["interface"],
-                rules=tuple(_rule_from_dict(rule) for rule in data.get("rules", ())),
-                seed=data.get("seed", 0),
-                vocabulary=data.get("vocabulary", "same"),
-            )
-        except KeyError as error:
-            raise ValueError(f"not a recipe: the key {error} is missing") from None
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"not a recipe: {error}") from error
+        return _FROM_DATA.validate_python({key: value for key, value in data.items() if key != "version"})
 
     def to_yaml(self) -> str:
         """The text of a recipe file."""
@@ -233,26 +230,4 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     return data
 
 
-def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
-    known = {"method", "coefficients", "roles", "blocks", "experts", "tensors", "knobs"}
-    if unknown := sorted(set(data) - known):
-        raise ValueError(f"unknown key(s) {unknown} in a rule; expected {sorted(known)}")
-    if not isinstance(data["method"], str):
-        raise ValueError(f"method: expected the name of one, got {data['method']!r}")
-    return Rule(
-        method=data["method"],
-        coefficients=dict(data["coefficients"]),
-        roles=_tuple_of("roles", Role, data),
-        blocks=_tuple_of("blocks", int, data),
-        experts=_tuple_of("experts", int, data),
-        tensors=_tuple_of("tensors", str, data),
-        knobs=dict(data.get("knobs", {})),
-    )
-
-
-def _tuple_of(key: str, kind: Any, data: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """A text is no list: it would be one of letters, of which * selects everything."""
-    values = data.get(key)
-    if values is not None and not isinstance(values, list | tuple):
-        raise ValueError(f"{key}: expected a list, got {values!r}")
-    return None if values is None else tuple(kind(value) for value in values)
+_FROM_DATA = TypeAdapter(Recipe)

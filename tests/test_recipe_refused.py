@@ -84,24 +84,45 @@ class TestRefused:
             ("merge_method: linear\nmerge_method: ties", "the key 'merge_method' is there twice"),
             ("merge_method: linear\n1: 2", "expected text as a key, got 1"),
             ("merge_method: linear\nmodels: &m [*m]", "an anchor that is part of itself"),
-            (
-                "{version: 1, base: a, interface: a, sources: {a: {path: a}, b: {path: b}}, "
-                "rules: [{method: linear, coefficients: {b: .nan}}]}",
-                "coefficient of b: expected a number",
-            ),
-            *(
-                (f"{{version: 1, base: a, interface: a, sources: {{a: {{path: a}}}}, {rest}}}", words)
-                for rest, words in (
-                    ("rule: []", "unknown key"),
-                    ("rules: {}", "rules: expected a list"),
-                    ('rules: [{method: linear, coefficients: {a: "0.5"}}]', "coefficient of a: expected a number"),
-                    ("rules: [{method: [linear], coefficients: {}}]", "method: expected the name"),
-                    ('rules: [{method: linear, coefficients: {a: 1}, tensors: "*"}]', "tensors: expected a list"),
-                    ('rules: [{method: linear, coefficients: {a: 1}, blocks: "12"}]', "blocks: expected a list"),
-                )
-            ),
         ],
     )
     def test_files_that_are_no_recipe(self, merged, text, words):
         with pytest.raises(RecipeError, match=rf"recipe\.yaml[\S\s]*{words}"):
             merged(text)
+
+    @pytest.mark.parametrize(
+        ("rest", "line", "place", "words"),
+        [
+            ("rule: []", 5, "rule", "unknown key 'rule': expected one of sources, base, interface, rules"),
+            ("rules: {}", 5, "rules", "expected a list, got {}"),
+            ("seed: x", 5, "seed", "a valid integer, got 'x'"),
+            ("vocabulary: some", 1, "recipe", "expected 'same' or 'common', got 'some'"),
+            ("rules:\n- {method: linear, coefficients: {c: 1}}", 1, "recipe", "no source is called 'c'"),
+            *(
+                (f"rules:\n- {{method: linear, coefficients: {{a: 1}}}}\n- {rule}", 7, f"rules.1{place}", words)
+                for rule, place, words in (
+                    ("linear", "", "expected keys with values, got 'linear'"),
+                    ("{method: linear}", ".coefficients", "the key 'coefficients' is missing"),
+                    ("{method: linear, coefficients: {a: 1}, role: [ffn]}", ".role", "did you mean 'roles'"),
+                    ("{method: linear, coefficients: {a: 1}, roles: [mlp]}", ".roles.0", "'ffn', 'shared_expert'"),
+                    ("{method: linear, coefficients: {a: .nan}}", "", "coefficient of a: expected a number"),
+                    ('{method: linear, coefficients: {a: "0.5"}}', ".coefficients.a", "a valid number, got '0.5'"),
+                    ("{method: linear, coefficients: [1]}", ".coefficients", "expected keys with values, got [1]"),
+                    ("{method: [linear], coefficients: {}}", ".method", "a valid string"),
+                    ('{method: linear, coefficients: {a: 1}, tensors: "*"}', ".tensors", "a list, got '*'"),
+                    ('{method: linear, coefficients: {a: 1}, blocks: "12"}', ".blocks", "a list, got '12'"),
+                    ("{method: linear, coefficients: {a: 1}, blocks: [1.5]}", ".blocks.0", "a valid integer"),
+                    ("{method: tis, coefficients: {a: 1}}", "", "no merge method is called 'tis'"),
+                    ("{method: ties, coefficients: {a: 1}, knobs: {densty: 1}}", "", "did you mean 'density'"),
+                    ("{method: ties, coefficients: {a: 1}, knobs: {density: 2}}", "", "expected 0 to 1, got 2"),
+                    ("{method: ties, coefficients: {a: 1}, knobs: {density: x}}", ".knobs.density", "got 'x'"),
+                )
+            ),
+        ],
+    )
+    def test_recipes_of_ours(self, error, rest, line, place, words):
+        message = error(
+            f"version: 1\nbase: base\ninterface: a\nsources: {{base: {{path: base}}, a: {{path: a}}}}\n{rest}"
+        )
+        assert message.startswith(f"{line}: {place}: "), message
+        assert words in message
