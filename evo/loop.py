@@ -105,6 +105,7 @@ class Loop:
             sources = recipe_sources(self._config, self._digests)
             self._history.append_asks(first_candidates(self._config, self._space, sources))
         self._n_first = sum(ask.origin is not Origin.SEARCH for ask in self._history.asks)
+        self._write_parents()
         for ask in self._history.asks[: self._n_first]:
             if ask.id in self._history.entries[Split.SEARCH]:
                 continue
@@ -114,6 +115,18 @@ class Loop:
             if ask.origin is Origin.PARENT and evaluation.status is Status.FAILED:
                 raise SearchError(f"parent {ask.name!r} cannot be scored: {evaluation.detail['reason']}")
             self._record_evaluation(ask, evaluation, Split.SEARCH)
+
+    def _write_parents(self) -> None:
+        """Find NaN and what else is wrong with a parent before the others are scored, which may take an hour.
+
+        Raises:
+            SearchError: if one cannot be written into the model.
+        """
+        known = self._history.entries[Split.SEARCH]
+        parents = [ask for ask in self._history.asks if ask.origin is Origin.PARENT and ask.id not in known]
+        for ask in parents if len(parents) > 1 and not stop_requested(self._folder) else ():
+            if reason := self._ready().cannot_write(ask.recipe_in(lambda: self._space)):
+                raise SearchError(f"parent {ask.name!r} cannot be scored: {reason}")
 
     def _replay(self) -> tuple[Optimizer, int]:
         """Bring a fresh optimizer to where the ledger ends; what was asked and not told is evaluated now."""
@@ -207,15 +220,13 @@ class Loop:
         return replace(evaluation, violations=found)
 
     def _evaluate(self, ask: Ask, split: Split, *, exact: bool = False, trial: Trial | None = None) -> Evaluation:
-        if self._worker is None:  # loading a model takes long, and a finished run needs none
-            self._worker = build_worker(self._config, self._task, self._history.batch_size)
-        recipe = ask.recipe_in(lambda: self._space)
+        worker, recipe = self._ready(), ask.recipe_in(lambda: self._space)
         candidate = Candidate(ask.id, ask.name, ask.origin, ask.generation, recipe, ask.genome, ask.parents)
         searched = ask.origin is Origin.SEARCH and split is Split.SEARCH and not exact
         compressed = searched and self._config.memory.deltas != "exact"
         if searched and self._config.proxy.enabled and trial is None:
             trial = self._proxy.trial()
-        evaluation = self._worker.evaluate(candidate, split, compressed=compressed, trial=trial)
+        evaluation = worker.evaluate(candidate, split, compressed=compressed, trial=trial)
         if file_stamps(self._config) != self._stamps:
             raise ResumeError(
                 f"the parents' files were written to while {ask.name!r} was evaluated, which is not recorded. What was "
@@ -223,13 +234,19 @@ class Loop:
             )
         if evaluation.status is Status.FAILED:
             self._blame(ask, evaluation)
-        self._history.keep_batch_size(self._worker.batch_size)
-        self._history.keep_caveat(self._worker.caveat)
+        self._history.keep_batch_size(worker.batch_size)
+        self._history.keep_caveat(worker.caveat)
         if (errors := evaluation.detail.get("delta_errors")) and not self._has_told_errors:
             self._has_told_errors = True
             shown = ", ".join(f"{error:.2g} ({name})" for name, error in errors.items())
             log.warning(f"donors are held as {self._config.memory.deltas}; relative errors of differences: {shown}")
         return evaluation
+
+    def _ready(self) -> Worker:
+        """The worker, from when it is needed: loading a model takes long, and a finished run needs none."""
+        if self._worker is None:
+            self._worker = build_worker(self._config, self._task, self._history.batch_size)
+        return self._worker
 
     def _blame(self, ask: Ask, evaluation: Evaluation) -> None:
         """A failure is the candidate's if a parent can still be written and asked; else it is nobody's to record.

@@ -6,7 +6,7 @@ Knows nothing of what is searched or why.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,14 +100,8 @@ class Worker:
             generate_start = time.perf_counter()
             answers = self._ask(problems, trial, max_tokens)
         except Exception as error:  # whatever a merge can do to a model ends here, not the run
-            if interrupts.pending():
-                raise KeyboardInterrupt from error
-            return Evaluation(
-                candidate.id,
-                Status.FAILED,
-                time.perf_counter() - start,
-                detail={"reason": f"{type(error).__name__}: {error}"},
-            )
+            failed_after = time.perf_counter() - start
+            return Evaluation(candidate.id, Status.FAILED, failed_after, detail={"reason": _said(error)})
         detail = {
             "write_seconds": report.seconds,
             "generate_seconds": time.perf_counter() - generate_start,
@@ -137,15 +131,16 @@ class Worker:
         Args:
             recipe: of a model that has been scored before.
         """
-        try:
-            self._engine.update({**recipe.to_dict(), "compressed": False})
+
+        def ask() -> None:
             problem = self._problems_of(Split.SEARCH)[0]
             self._engine.generate([self._task.prompt(problem)], max_tokens=4)
-        except Exception as error:
-            if interrupts.pending():
-                raise KeyboardInterrupt from error
-            return f"{type(error).__name__}: {error}"
-        return None
+
+        return self.cannot_write(recipe) or _reason(ask)
+
+    def cannot_write(self, recipe: Recipe) -> str | None:
+        """Why a recipe cannot be written into the model; None if it can."""
+        return _reason(lambda: self._engine.update({**recipe.to_dict(), "compressed": False}))
 
     def _saved(self, answers: _Answers, stop: Stop, n_problems: int) -> int:
         """Tokens that all problems would have taken, as far as is known, less those that some took."""
@@ -195,3 +190,23 @@ class Worker:
             }
             for problem, (completion, *_) in written[:N_SAMPLES]
         ]
+
+
+def _reason(do: Callable[[], object]) -> str | None:
+    """Why something fails; None if it does not."""
+    try:
+        do()
+    except Exception as error:
+        return _said(error)
+    return None
+
+
+def _said(error: Exception) -> str:
+    """An error in one line, unless it came of an interrupt.
+
+    Raises:
+        KeyboardInterrupt: then.
+    """
+    if interrupts.pending():
+        raise KeyboardInterrupt from error
+    return f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evo import Search
@@ -312,6 +313,16 @@ class TestRefused:
             search.run()
         assert not (tmp_path / "run" / "ledger.sqlite").exists()
 
+    def test_nan_in_a_parent_is_found_before_another_is_scored(self, own_parents, tmp_path):
+        shard = next((own_parents / "concise").glob("*.safetensors"))
+        tensors = load_file(shard)
+        next(iter(tensors.values())).view(-1)[3] = float("nan")
+        save_file(tensors, shard, metadata={"format": "pt"})
+        search, scored = Search.from_yaml(write_config(tmp_path, parents=own_parents), tmp_path / "run"), []
+        with pytest.raises(SearchError, match=r"parent 'concise' cannot be scored: .*holds NaN"):
+            search.run(scored.append)
+        assert not scored
+
     def test_a_parent_that_cannot_be_scored(self, tmp_path):
         path = write_config(tmp_path)
         path.write_text(path.read_text().replace(f"max_tokens: {MAX_TOKENS}", "max_tokens: 100000"))
@@ -346,7 +357,7 @@ def test_a_failed_candidate_is_data(tmp_path, monkeypatch):
 
     def sometimes(self, recipe):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 7:  # each of two parents is written once before any is scored
             raise MemoryError("no room for one more")
         return write(self, recipe)
 
