@@ -196,10 +196,11 @@ class Checkpoint:
         return data
 
     @property
-    def is_tied(self) -> bool:
-        """Whether head and embedding are one tensor (config.json's tie_word_embeddings)."""
+    def is_tied(self) -> bool | None:
+        """Whether head and embedding are one tensor (config.json's tie_word_embeddings); None where it is not said."""
         config = self.config()
-        return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings")))
+        said = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+        return None if said is None else bool(said)
 
     def digest(self) -> str:
         """SHA-256 (hex) over the content of the weights and of the interface files. Reads every byte."""

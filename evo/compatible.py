@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from evo.checkpoint import Checkpoint, CheckpointError, read_vocabulary
+from evo.copies import tied_heads
 from evo.encodings import Entry
 from search_spaces.layout import is_by_token
 
-_SAME_WHERE_GIVEN = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+_SAME_WHERE_GIVEN = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "n_head", "n_heads", "multi_query",
+    "activation_function", "hidden_activation", "use_parallel_residual", "parallel_attn", "alibi",
+)  # fmt: skip
 """Keys of config.json that say what weights of the same shapes mean."""
 _CONVERT = (
     "To convert one: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16').save_pretrained(NEW_PATH), "
@@ -18,7 +23,8 @@ _TOLD = (
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings",
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "sliding_window", "use_sliding_window", "layer_types",
     "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group", "topk_group",
-    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "rotary_pct", "rotary_emb_base",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale",
 )  # fmt: skip
 """Keys of config.json that change what a model computes. Parents that differ in them are merged by many, and well."""
 _COMMON_ROWS = (
@@ -69,14 +75,27 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
 
 
 def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
-    here, there = a.config(), b.config()
+    here, there = _settings(a), _settings(b)
     keys = ["model_type", "architectures", "tie_word_embeddings"]
     keys += [key for key in _SAME_WHERE_GIVEN if here.get(key) is not None and there.get(key) is not None]
-    return [
+    differences = [
         f"config.json {key}: {here.get(key)!r} in {a_name}, {there.get(key)!r} in {b_name}"
         for key in keys
         if here.get(key) != there.get(key)
     ]
+    if not differences and (tied := tied_heads(a)) != tied_heads(b):
+        owner, other = (a_name, b_name) if tied else (b_name, a_name)
+        differences.append(
+            f"the head is the embedding in {owner} (same bits, and config.json does not say whether they are tied), "
+            f"and not in {other}: write tie_word_embeddings into both"
+        )
+    return differences
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of the model as a whole, and of its text where that has a config of its own."""
+    config = checkpoint.config()
+    return {**config.get("text_config", {}), **config}
 
 
 def _same_but_rows(a: Entry, b: Entry) -> bool:
@@ -115,8 +134,7 @@ def differing_settings(checkpoints: Mapping[str, Checkpoint], interface: str) ->
         checkpoints: by name.
         interface: the one whose config children get.
     """
-    configs = {name: checkpoint.config() for name, checkpoint in checkpoints.items()}
-    settings = {name: {**config.get("text_config", {}), **config} for name, config in configs.items()}
+    settings = {name: _settings(checkpoint) for name, checkpoint in checkpoints.items()}
     found = []
     for key in _TOLD:
         values = {name: repr(config.get(key)) for name, config in settings.items()}

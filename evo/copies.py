@@ -7,19 +7,33 @@ from weakref import WeakKeyDictionary
 import torch
 
 from evo.checkpoint import Checkpoint
-from search_spaces.layout import Role
+from search_spaces.layout import Role, is_by_token
 
 _copies: WeakKeyDictionary[Checkpoint, dict[str, str]] = WeakKeyDictionary()
 
 
+_tied: WeakKeyDictionary[Checkpoint, dict[str, str]] = WeakKeyDictionary()
+
+
 def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
-    """Head -> embedding, where a checkpoint ties the two and yet stores both."""
-    if not checkpoint.is_tied:
+    """Head -> embedding, where a checkpoint ties the two and yet stores both.
+
+    Where config.json does not say, what decides is their bits: transformers ties by the default of the architecture
+    then, but not tensors that differ.
+    """
+    if checkpoint not in _tied:
+        _tied[checkpoint] = _find_tied(checkpoint)
+    return _tied[checkpoint]
+
+
+def _find_tied(checkpoint: Checkpoint) -> dict[str, str]:
+    by_token = [part for part in checkpoint.layout.parts if is_by_token(part.tensor)]
+    head = next((part.tensor for part in by_token if part.role is Role.HEAD), None)
+    embedding = next((part.tensor for part in by_token if part.role is Role.EMBEDDING), None)
+    if head is None or embedding is None or checkpoint.is_tied is False:
         return {}
-    names = list(checkpoint.scored)
-    heads = [name for name in names if name.endswith("lm_head.weight")]
-    embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
-    return {heads[0]: embeddings[0]} if heads and embeddings else {}
+    tied = checkpoint.is_tied or _are_equal(checkpoint, head, embedding)
+    return {head: embedding} if tied else {}
 
 
 def unscored_copies(checkpoint: Checkpoint) -> dict[str, str]:
@@ -36,14 +50,16 @@ def _find_copies(checkpoint: Checkpoint) -> dict[str, str]:
     originals = [p.tensor for p in checkpoint.layout.parts if p.role in (Role.EMBEDDING, Role.HEAD)]
     found: dict[str, str] = {}
     for name in checkpoint.layout.unscored:
-        entry = checkpoint.entries[name]
         for original in originals:
-            like = checkpoint.entries[original]
-            if (like.shape, like.encoding) == (entry.shape, entry.encoding) and _same(checkpoint, name, original):
+            if _are_equal(checkpoint, name, original):
                 found.setdefault(name, original)
     return found
 
 
-def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
+def _are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors are stored alike, in the same bits."""
+    entry, like = checkpoint.entries[name], checkpoint.entries[other]
+    if (like.shape, like.encoding) != (entry.shape, entry.encoding):
+        return False
     pieces = zip(checkpoint.stored(name).pieces, checkpoint.stored(other).pieces, strict=True)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pieces)

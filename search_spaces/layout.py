@@ -18,7 +18,8 @@ class Role(StrEnum):
     """What a tensor does in a transformer."""
 
     ATTENTION = "attention"
-    """Projections of an attention layer, with the norms, biases and sinks inside it."""
+    """Projections of an attention layer, or of what mixes tokens in its place (linear attention, Mamba, short
+    convolutions), with the norms, biases and sinks inside it."""
     FFN = "ffn"
     """A dense feed-forward layer."""
     SHARED_EXPERT = "shared_expert"
@@ -28,9 +29,9 @@ class Role(StrEnum):
     ROUTER = "router"
     """Scores experts: the gate, its bias, and the gate of a shared expert."""
     NORM = "norm"
-    """A norm between layers, or the last one."""
+    """A norm between layers, or the last one; scales of residual streams."""
     EMBEDDING = "embedding"
-    """Token (and position) embeddings."""
+    """Token (and position) embeddings, those of each layer included."""
     HEAD = "head"
     """The output projection to the vocabulary."""
 
@@ -38,24 +39,34 @@ class Role(StrEnum):
 # Tried in this order; the first match wins. Attention comes before norm, so that q_norm and
 # q_a_layernorm move with the projections they were trained with.
 _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
-    (Role.HEAD, r"(^|\.)(lm_head|embed_out)\."),
-    (Role.EMBEDDING, r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)\."),
-    (Role.ATTENTION, r"\.(self_attn|linear_attn|attn|attention)\."),
-    (Role.ROUTER, r"\.(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)\.|\.shared_expert_gate\."),
-    (Role.SHARED_EXPERT, r"\.shared_experts?\."),
-    (Role.ROUTED_EXPERT, r"\.experts\."),
-    (Role.NORM, r"(norm\w*|\bln_\w+)\.(weight|bias)$"),
-    (Role.FFN, r"\.(mlp|feed_forward|ffn)\."),
+    (Role.HEAD, r"(^|\.)(lm_head|embed_out|project_out)\.|^(model\.)?output\.weight$"),
+    (Role.EMBEDDING, r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings|embeddings)\."),
+    (Role.EMBEDDING, r"(^|\.)(embed_positions|embed_tokens_per_layer|per_layer_model_projection|project_in)\."),
+    (Role.ATTENTION, r"\.(self_attn|linear_attn|cross_attn|attn|attention|self_attention|mamba|conv)\."),
+    (Role.ATTENTION, r"\.mixer\.(?!(up_proj|down_proj|gate|experts|shared_experts)\.)"),
+    (Role.ROUTER, r"\.(mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.(gate|router)\.|\.shared_expert_gate\."),
+    (Role.ROUTER, r"\.(e_score_correction_bias|expert_bias)$"),
+    (Role.SHARED_EXPERT, r"\.(shared_experts?|shared_mlp)\."),
+    (Role.ROUTED_EXPERT, r"\.experts\.|\.(block_sparse_moe|mlp)\.(input|output)_linear\."),
+    (Role.NORM, r"(norm\w*|\bln_\w+)\.(weight|bias)$|\.layer_scalar$"),
+    (Role.FFN, r"\.(mlp|feed_forward|ffn|mixer|fc1|fc2|per_layer_input_gate|per_layer_projection)\."),
 )
 _ROLES = tuple((role, re.compile(pattern)) for role, pattern in _ROLE_PATTERNS)
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_BY_TOKEN = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight$")
-_UNSCORED = re.compile(
-    r"(^|\.)(mtp\w*|visual|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector)\."
-    r"|\.rotary_emb\.inv_freq$"
+_IN_ONE_MATRIX = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
+"""Experts one below the other, as in DBRX: no expert is a slice along dimension 0, so they are merged alike."""
+_BY_TOKEN = re.compile(
+    r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings)\.weight$"
 )
-"""Multi-token prediction, vision towers and their projectors, and constants that old checkpoints store."""
+_UNSCORED = re.compile(
+    r"(^|\.)(mtp\w*|visual|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector|connector)\."
+    r"|(^|\.)(embed_vision|embed_audio|embed_tokens_extend|talker|code2wav|token2wav)\."
+    r"|\.rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$"
+)
+"""Multi-token prediction, vision and sound with their projectors, and constants that old checkpoints store."""
+_MASK = re.compile(r"\.(attn|attention)\.bias$")
+"""Where it has four dimensions, the causal mask that old checkpoints store."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def parse_layout(shapes: Mapping[str, tuple[int, ...]], n_blocks: int | None = N
     """
     parts: list[Part] = []
     unknown: list[str] = []
-    unscored = dict.fromkeys(name for name in shapes if _is_unscored(name, n_blocks))
+    unscored = dict.fromkeys(name for name, shape in shapes.items() if _is_unscored(name, shape, n_blocks))
     for name, shape in shapes.items():
         if name in unscored:
             continue
@@ -145,9 +156,10 @@ def is_by_token(name: str) -> bool:
     return _BY_TOKEN.search(name) is not None
 
 
-def _is_unscored(name: str, n_blocks: int | None) -> bool:
+def _is_unscored(name: str, shape: tuple[int, ...], n_blocks: int | None) -> bool:
     _, block, _ = _address(name)
-    return bool(_UNSCORED.search(name)) or (n_blocks is not None and block is not None and block >= n_blocks)
+    beyond = n_blocks is not None and block is not None and block >= n_blocks
+    return beyond or bool(_UNSCORED.search(name)) or (len(shape) == 4 and bool(_MASK.search(name)))
 
 
 @functools.cache  # the checkpoints of a merge have the same names
@@ -163,7 +175,7 @@ def _number(pattern: re.Pattern[str], name: str) -> int | None:
 
 
 def _parts_of(name: str, shape: tuple[int, ...], role: Role, block: int | None, expert: int | None) -> Iterable[Part]:
-    if role is Role.ROUTED_EXPERT and expert is None:  # packed: (n_experts, ...)
+    if role is Role.ROUTED_EXPERT and expert is None and not _IN_ONE_MATRIX.search(name):  # packed: (n_experts, ...)
         return [Part(name, row, block, row, role) for row in range(shape[0])]
     return [Part(name, None, block, expert, role)]
 

@@ -3,7 +3,7 @@ import pytest
 from evo.checkpoint import Checkpoint
 from search_spaces.layout import Layout, Role, UnknownTensorError, parse_layout
 
-# Names as published: DeepSeek-V3, Qwen2-MoE, Mixtral, GPT-2, Qwen3.
+# Names as published: DeepSeek-V3, Qwen2-MoE, Mixtral, GPT-2, Qwen3, and what others call the same.
 PUBLISHED = {
     "model.embed_tokens.weight": (Role.EMBEDDING, None, None),
     "lm_head.weight": (Role.HEAD, None, None),
@@ -26,6 +26,27 @@ PUBLISHED = {
     "transformer.h.2.attn.c_attn.weight": (Role.ATTENTION, 2, None),
     "transformer.h.2.ln_1.weight": (Role.NORM, 2, None),
     "transformer.wte.weight": (Role.EMBEDDING, None, None),
+    "output.weight": (Role.HEAD, None, None),
+    "backbone.embeddings.weight": (Role.EMBEDDING, None, None),
+    "model.decoder.embed_positions.weight": (Role.EMBEDDING, None, None),
+    "model.embed_tokens_per_layer.weight": (Role.EMBEDDING, None, None),
+    "word_embeddings_layernorm.weight": (Role.NORM, None, None),
+    "model.layers.3.layer_scalar": (Role.NORM, 3, None),
+    "transformer.h.3.self_attention.dense.weight": (Role.ATTENTION, 3, None),
+    "model.layers.3.mamba.A_log": (Role.ATTENTION, 3, None),
+    "model.layers.3.conv.conv.weight": (Role.ATTENTION, 3, None),
+    "backbone.layers.3.mixer.in_proj.weight": (Role.ATTENTION, 3, None),
+    "backbone.layers.3.mixer.up_proj.weight": (Role.FFN, 3, None),
+    "backbone.layers.3.mixer.gate.e_score_correction_bias": (Role.ROUTER, 3, None),
+    "backbone.layers.3.mixer.experts.5.up_proj.weight": (Role.ROUTED_EXPERT, 3, 5),
+    "model.decoder.layers.3.fc1.weight": (Role.FFN, 3, None),
+    "transformer.blocks.3.ffn.router.layer.weight": (Role.ROUTER, 3, None),
+    "transformer.blocks.3.ffn.experts.mlp.w1": (Role.ROUTED_EXPERT, 3, None),
+    "model.layers.3.feed_forward.expert_bias": (Role.ROUTER, 3, None),
+    "model.layers.3.mlp.moe_statics.e_score_correction_bias": (Role.ROUTER, 3, None),
+    "model.layers.3.mlp.experts.e_score_correction_bias": (Role.ROUTER, 3, None),
+    "model.layers.3.mlp.shared_mlp.gate_proj.weight": (Role.SHARED_EXPERT, 3, None),
+    "model.layers.3.shared_mlp.input_linear.weight": (Role.SHARED_EXPERT, 3, None),
 }
 
 
@@ -35,8 +56,11 @@ def test_published_names_get_their_place(name, expected):
     assert part.cell == expected
 
 
-def test_packed_experts_are_one_part_each():
-    layout = parse_layout({"model.layers.1.mlp.experts.gate_up_proj": (6, 8, 4)})
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.block_sparse_moe.input_linear.weight"]
+)
+def test_packed_experts_are_one_part_each(name):
+    layout = parse_layout({name: (6, 8, 4)})
     assert [(p.row, p.expert, p.block) for p in layout.parts] == [(e, e, 1) for e in range(6)]
     assert layout.n_experts == 6
 

@@ -1,0 +1,184 @@
+"""Architectures beyond those of the other tests: what is resident is what a fresh load of the export has."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from evo.checkpoint import Checkpoint, CheckpointError
+from evo.compatible import check_compatible
+from evo.export import write_checkpoint
+from evo.materializer import Materializer
+from fitness.engines.transformers import find_slots, load_model
+from search_spaces.layout import Role
+from search_spaces.recipe import Recipe, Rule, Source
+
+COMMON = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.2,
+}  # fmt: skip
+OLD = ("num_key_value_heads",)  # what a config must not have
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+ARCHITECTURES = {
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "bloom": {"without": OLD},
+    "dbrx": {
+        "without": (*OLD, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        "d_model": 32, "n_heads": 2, "n_layers": 3, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 16,
+        "moe_layer_start_index": 1,
+    },
+    "falcon": {"without": OLD},
+    "gemma4_text": {
+        "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gpt2": {"without": OLD},
+    "gpt_neox": {"without": OLD},
+    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 24},
+    "hy_v3": {**MOE, "head_dim": 16},
+    "lfm2_moe": {**MOE, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "minimax_m2": {**LOCAL, "head_dim": 16, "rotary_dim": 8},
+    "nemotron_h": {
+        "head_dim": 16, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4,
+        "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+    },
+    "opt": {"without": OLD, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "qwen3_next": {
+        **MOE, "head_dim": 16, "shared_expert_intermediate_size": 24, "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    },
+}  # fmt: skip
+"""Model type of transformers -> its config, where it is not the common one."""
+
+
+def write_parents(folder, kind, **changes):
+    """Three random checkpoints, head stored even where it is tied."""
+    options = {**COMMON, **ARCHITECTURES.get(kind, {}), **changes}
+    without = options.pop("without", ())
+    config = {key: value for key, value in options.items() if key not in without}
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).save_pretrained(folder / name)
+    return {name: folder / name for name in ("base", "a", "b")}
+
+
+def recipe_of(parents):
+    """Coefficients of its own for every role."""
+    rules = [Rule("linear", {"a": 0.1 + 0.1 * i, "b": 0.7 - 0.05 * i}, roles=(role,)) for i, role in enumerate(Role)]
+    return Recipe({name: Source(str(path)) for name, path in parents.items()}, "base", "a", tuple(rules))
+
+
+def write_and_load(parents, out):
+    """State dicts of the resident model and of the export, and the latter's tensors."""
+    recipe, checkpoints = recipe_of(parents), {name: Checkpoint.open(path) for name, path in parents.items()}
+    check_compatible(checkpoints)
+    model = load_model(str(parents["a"]), torch.float32)
+    Materializer(checkpoints, find_slots(model)).write(recipe.to_dict())
+    write_checkpoint(recipe, checkpoints, out, {})
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    return model.state_dict(), loaded.state_dict(), load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_resident_is_exported(kind, tmp_path):
+    parents = write_parents(tmp_path, kind)
+    resident, loaded, written = write_and_load(parents, tmp_path / "out")
+    assert resident.keys() == loaded.keys()
+    assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
+    base, a, b = (load_file(path / "model.safetensors") for path in parents.values())
+    roles = {part.tensor: part.role for part in Checkpoint.open(parents["a"]).layout.parts}
+    assert written.keys() == roles.keys() == a.keys()
+    for name, role in roles.items():
+        i = list(Role).index(role)
+        expected = base[name] + (0.1 + 0.1 * i) * (a[name] - base[name]) + (0.7 - 0.05 * i) * (b[name] - base[name])
+        assert torch.allclose(written[name], expected, atol=1e-5), name
+
+
+def set_key(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**{k: v for k, v in config.items() if k != key}, **value}))
+
+
+def store_head(folder, head, embedding, scale=1.0):
+    """Write the head of a tied checkpoint beside its embedding."""
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors[head] = tensors[embedding] * scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class TestTiedHeads:
+    """Stored beside the embedding although they are one tensor: they get the same numbers."""
+
+    @pytest.mark.parametrize("said", [True, False])
+    @pytest.mark.parametrize(
+        ("kind", "embedding"),
+        [("gpt2", "transformer.wte.weight"), ("gemma", "model.embed_tokens.weight"),
+         ("starcoder2", "model.embed_tokens.weight")],
+    )  # fmt: skip
+    def test_under_any_name(self, kind, embedding, said, tmp_path):
+        parents = write_parents(tmp_path, kind, without=OLD if kind == "gpt2" else (), tie_word_embeddings=True)
+        for path in parents.values():
+            store_head(path, "lm_head.weight", embedding)
+            if not said:  # as published configs that leave it to the architecture's default
+                set_key(path, "tie_word_embeddings", {})
+        resident, loaded, written = write_and_load(parents, tmp_path / "out")
+        assert torch.equal(written["lm_head.weight"], written[embedding])
+        assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
+
+    def test_in_one_parent_only(self, tmp_path):
+        parents = write_parents(tmp_path, "gemma", tie_word_embeddings=True)
+        for name, path in parents.items():
+            store_head(path, "lm_head.weight", "model.embed_tokens.weight", 0.5 if name == "b" else 1.0)
+            set_key(path, "tie_word_embeddings", {})
+        with pytest.raises(CheckpointError, match=r"the head is the embedding in base .* and not in b"):
+            write_and_load(parents, tmp_path / "out")
+
+
+def test_masks_that_old_checkpoints_store_are_copied(tmp_path):
+    from safetensors.torch import save_file
+
+    parents = write_parents(tmp_path, "gpt_neox", without=OLD)
+    for path in parents.values():
+        tensors = load_file(path / "model.safetensors")
+        mask = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+        tensors |= {f"gpt_neox.layers.{i}.attention.bias": mask.clone() for i in range(3)}
+        tensors |= {f"gpt_neox.layers.{i}.attention.masked_bias": torch.tensor(-1e9) for i in range(3)}
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    resident, loaded, written = write_and_load(parents, tmp_path / "out")
+    assert torch.equal(written["gpt_neox.layers.2.attention.bias"], mask)
+    assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("gpt2", "n_head", 4), ("gpt2", "activation_function", "relu"), ("gpt_neox", "use_parallel_residual", False),
+        ("gemma3_text", "hidden_activation", "relu"),
+    ],
+)  # fmt: skip
+def test_parents_whose_weights_mean_something_else(kind, key, value, tmp_path):
+    parents = write_parents(tmp_path, kind, **({} if kind == "gemma3_text" else {"without": OLD}))
+    set_key(parents["b"], key, {key: value})
+    with pytest.raises(CheckpointError, match=rf"config.json {key}: .* in base, {value!r} in b"):
+        check_compatible({name: Checkpoint.open(path) for name, path in parents.items()})
+
+
+def test_what_a_nested_config_says_counts(tmp_path):
+    parents = write_parents(tmp_path, "gpt_neox", without=OLD)
+    for name, path in parents.items():
+        set_key(path, "num_attention_heads", {"text_config": {"num_attention_heads": 4 if name == "b" else 2}})
+    with pytest.raises(CheckpointError, match=r"num_attention_heads: 2 in base, 4 in b"):
+        check_compatible({name: Checkpoint.open(path) for name, path in parents.items()})
