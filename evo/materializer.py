@@ -305,5 +305,6 @@ def _check_complete(slots: Slots, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{len(homeless)} tensor(s) of the checkpoint have no place in the resident model: "
             + ", ".join(homeless[:5])
-            + ". Where several processes hold a model together, say partial=True."
+            + ". Expected the names that transformers gives them (load and save the checkpoint once) or, where several "
+            "processes hold a model together, partial=True."
         )

@@ -42,6 +42,7 @@ _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
     (Role.HEAD, r"(^|\.)(lm_head|embed_out|project_out)\.|^(model\.)?output\.weight$"),
     (Role.EMBEDDING, r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings|embeddings)\."),
     (Role.EMBEDDING, r"(^|\.)(embed_positions|embed_tokens_per_layer|per_layer_model_projection|project_in)\."),
+    (Role.EMBEDDING, r"(^|\.)altup_(un)?(embed_)?projections\."),
     (Role.ATTENTION, r"\.(self_attn|linear_attn|cross_attn|attn|attention|self_attention|mamba|conv)\."),
     (Role.ATTENTION, r"\.mixer\.(?!(up_proj|down_proj|gate|experts|shared_experts)\.)"),
     (Role.ROUTER, r"\.(mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.(gate|router)\.|\.shared_expert_gate\."),
@@ -49,7 +50,7 @@ _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
     (Role.SHARED_EXPERT, r"\.(shared_experts?|shared_mlp)\."),
     (Role.ROUTED_EXPERT, r"\.experts\.|\.(block_sparse_moe|mlp)\.(input|output)_linear\."),
     (Role.NORM, r"(norm\w*|\bln_\w+)\.(weight|bias)$|\.layer_scalar$"),
-    (Role.FFN, r"\.(mlp|feed_forward|ffn|mixer|fc1|fc2|per_layer_input_gate|per_layer_projection)\."),
+    (Role.FFN, r"\.(mlp|feed_forward|ffn|mixer|fc1|fc2|per_layer_input_gate|per_layer_projection|altup|laurel)\."),
 )
 _ROLES = tuple((role, re.compile(pattern)) for role, pattern in _ROLE_PATTERNS)
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
-from fitness.engines.transformers import find_slots, load_model
+from fitness.engines.transformers import TransformersEngine, find_slots, load_model
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.conftest import tiny_tokenizer
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -37,6 +38,11 @@ ARCHITECTURES = {
         "moe_layer_start_index": 1,
     },
     "falcon": {"without": OLD},
+    "gemma3n_text": {
+        "head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+        "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 3,
+    },
     "gemma4_text": {
         "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
@@ -105,6 +111,87 @@ def test_resident_is_exported(kind, tmp_path):
         assert torch.allclose(written[name], expected, atol=1e-5), name
 
 
+TEXT = {**COMMON, "head_dim": 16}
+SEEING = {
+    "llava": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                    "mrope_section": [2, 3, 3]}},
+        "vision_config": {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_models_that_see_answer_text(kind, tmp_path):
+    """Their tower is copied, their text is searched: what is written is what the export's `generate` writes."""
+    parents = {name: tmp_path / name for name in ("base", "a", "b")}
+    for seed, path in enumerate(parents.values()):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **SEEING[kind]))
+        for weight in model.parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+        model.save_pretrained(path)
+        tiny_tokenizer().save_pretrained(path)
+    recipe, checkpoints = recipe_of(parents), {name: Checkpoint.open(path) for name, path in parents.items()}
+    engine = TransformersEngine(str(parents["a"]), dtype="float32", device="cpu", batch_size=3)
+    engine.host("evo.materializer:Materializer.hosted", sources={name: str(path) for name, path in parents.items()})
+    engine.update(recipe.to_dict())
+    write_checkpoint(recipe, checkpoints, tmp_path / "out", {})
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    resident = engine._model.state_dict()
+    assert all(torch.equal(resident[name], tensor) for name, tensor in loaded.state_dict().items())
+    prompts = ["1+2", "34*5-6", "7", "8+9+1"]
+    for prompt, completion in zip(prompts, engine.generate(prompts, max_tokens=12), strict=True):
+        ids = torch.tensor([engine._text.encode(prompt)])
+        whole = loaded.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert completion == engine._text.completion(whole[0, ids.shape[1] :].tolist(), 12)
+
+
+def engine_of(folder, kind, **changes):
+    """An engine for a random model."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **changes}))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return TransformersEngine(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("minimax", {**LOCAL, "head_dim": 16, "block_size": 16,
+                     "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+        ("mamba", {"state_size": 8, "conv_kernel": 4, "expand": 2}),
+    ],
+)  # fmt: skip
+def test_a_memory_that_is_not_known_is_told_at_once(kind, options, tmp_path):
+    with pytest.raises(ValueError, match=f"cannot decode model_type '{kind}', which remembers text"):
+        engine_of(tmp_path, kind, **options)
+
+
+def test_a_caveat_where_positions_are_scaled_by_length(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "factor": 8.0}  # fmt: skip
+    scaled = engine_of(tmp_path / "a", "phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    assert scaled.caveat is not None and "beyond 32 tokens" in scaled.caveat
+    assert engine_of(tmp_path / "b", "phi3").caveat is None
+
+
+def test_a_config_of_something_else(tmp_path):
+    AutoConfig.for_model("vit", hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no model that writes text for model_type 'vit'"):
+        load_model(str(tmp_path), torch.float32)
+
+
 def set_key(folder, key, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**{k: v for k, v in config.items() if k != key}, **value}))
@@ -145,6 +232,21 @@ class TestTiedHeads:
             set_key(path, "tie_word_embeddings", {})
         with pytest.raises(CheckpointError, match=r"the head is the embedding in base .* and not in b"):
             write_and_load(parents, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("gpt2", "transformer."), ("mistral", "model.")])
+def test_names_without_their_prefix(kind, prefix, tmp_path):
+    """As openai-community/gpt2 is published, and what AutoModel saves."""
+    from safetensors.torch import save_file
+
+    parents = write_parents(tmp_path, kind, **({"without": OLD} if kind == "gpt2" else {}))
+    for path in parents.values():
+        tensors = load_file(path / "model.safetensors")
+        renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    resident, loaded, written = write_and_load(parents, tmp_path / "out")
+    assert not any(name.startswith(prefix) for name in written)
+    assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
 
 
 def test_masks_that_old_checkpoints_store_are_copied(tmp_path):

@@ -159,6 +159,24 @@ def is_columnar(config: PretrainedConfig) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
 
 
+@torch.inference_mode()
+def check_cache(model: Any) -> None:
+    """Try whether a model takes a cache that is made as ours are, and tells how long it is.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    cache, one = DynamicCache(config=model.config), torch.ones(1, 1, dtype=torch.long, device=model.device)
+    try:
+        model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.get_seq_length()
+    except ValueError as error:
+        raise ValueError(
+            f"the engine 'transformers' cannot decode model_type {model.config.model_type!r}, which remembers text in "
+            f"a way of its own ({error}). Merges need no engine; for a search, the engine 'vllm' may know it"
+        ) from error
+
+
 def token_bytes(model: Any) -> int:
     """Memory of the keys and values of one token, found by a forward pass."""
     cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.long, device=model.device)

@@ -16,11 +16,18 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from fitness.engines.columns import is_columnar, token_bytes
+from fitness.engines.columns import check_cache, is_columnar, token_bytes
 from fitness.engines.decoding import Decoder, Request
 from fitness.engines.memory import ROW_LOGIT_BYTES, free_bytes, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
@@ -48,7 +55,7 @@ class TransformersEngine:
 
     Raises:
         ValueError: if the device is not there, nothing names a stop token, the generation config asks for
-            what is not followed here, or there is no way to compile.
+            what is not followed here, the model's cache is none that is known here, or there is no way to compile.
     """
 
     capabilities = frozenset({"generate", "logprobs"})
@@ -77,6 +84,8 @@ class TransformersEngine:
         logging.disable_progress_bar()
         self._model = load_model(checkpoint, getattr(torch, dtype), **(options or {})).to(self.device)
         self._model.eval()
+        check_cache(self._model)
+        self.caveat = _caveat_of(self._model.config.get_text_config())
         self._slots = find_slots(self._model)
         self._writer: Any = None
         generation = self._model.generation_config
@@ -179,19 +188,47 @@ def load_model(checkpoint: str, dtype: torch.dtype, **options: Any) -> Any:
 
     transformers would want a GPU, kernels or further libraries for some kinds of quantised weights. An update
     overwrites every one of them anyway, and what it forgot would show at once.
+
+    Raises:
+        ValueError: if transformers has no model that writes text for this config.
     """
     config = AutoConfig.from_pretrained(checkpoint)
+    kind = _kind_of_model(config)
     if getattr(config, "quantization_config", None) is None:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **options)
+        return kind.from_pretrained(checkpoint, dtype=dtype, **options)
     del config.quantization_config
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config)
+        shapes = kind.from_config(config)
     empty = {name: torch.full(t.shape, torch.nan, dtype=dtype) for name, t in shapes.state_dict().items()}
     model = type(shapes).from_pretrained(None, config=config, state_dict=empty, dtype=dtype, **options)
     del model._weight_conversions  # it loaded under its own names, which says nothing of the checkpoint's
     if (Path(checkpoint) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model
+
+
+def _caveat_of(config: Any) -> str | None:
+    """What to know of all text that a model writes here. Of config.json, the part about text."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return (
+        f"positions are scaled in another way beyond {limit} tokens (longrope), and text that gets there is not what "
+        "model.generate writes: it computes all keys anew, which is not done here, and text depends on the longest row "
+        "of a batch. Answers that stay below, prompt included, are not affected"
+    )
+
+
+def _kind_of_model(config: Any) -> Any:
+    """What loads it: models that see or hear answer text, too."""
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise ValueError(
+        f"transformers has no model that writes text for model_type {config.model_type!r}: expected a language model, "
+        "or one with a vision or sound tower"
+    )
 
 
 class _View(Tensor):
@@ -220,4 +257,7 @@ def find_slots(model: Any) -> dict[str, Tensor]:
             f"transformers rearranges {len(copies)} weight(s) of this architecture while loading, so they "
             f"cannot be written in place: {', '.join(copies[:5])}"
         )
-    return {**resident, **slots}  # a checkpoint may also be stored packed, under the model's own names
+    prefix = f"{model.base_model_prefix}."  # which transformers adds and takes away as it needs
+    without = {name.removeprefix(prefix): tensor for name, tensor in {**resident, **slots}.items()}
+    more = {f"{prefix}{name}": tensor for name, tensor in {**resident, **slots}.items()}
+    return {**without, **more, **resident, **slots}  # a checkpoint may also be stored packed, as the model is
