@@ -199,7 +199,7 @@ class Checkpoint:
     def is_tied(self) -> bool | None:
         """Whether head and embedding are one tensor (config.json's tie_word_embeddings); None where it is not said."""
         config = self.config()
-        said = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+        said = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
         return None if said is None else bool(said)
 
     def digest(self) -> str:

@@ -95,7 +95,7 @@ def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) 
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of the model as a whole, and of its text where that has a config of its own."""
     config = checkpoint.config()
-    return {**config.get("text_config", {}), **config}
+    return {**(config.get("text_config") or {}), **config}
 
 
 def _same_but_rows(a: Entry, b: Entry) -> bool:

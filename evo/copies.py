@@ -10,8 +10,6 @@ from evo.checkpoint import Checkpoint
 from search_spaces.layout import Role, is_by_token
 
 _copies: WeakKeyDictionary[Checkpoint, dict[str, str]] = WeakKeyDictionary()
-
-
 _tied: WeakKeyDictionary[Checkpoint, dict[str, str]] = WeakKeyDictionary()
 
 

@@ -56,7 +56,7 @@ _ROLES = tuple((role, re.compile(pattern)) for role, pattern in _ROLE_PATTERNS)
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _IN_ONE_MATRIX = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
-"""Experts one below the other, as in DBRX: no expert is a slice along dimension 0, so they are merged alike."""
+"""Experts one below the other, as in DBRX: no slice along dimension 0 is one, so they are merged alike."""
 _BY_TOKEN = re.compile(
     r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings)\.weight$"
 )
@@ -176,7 +176,8 @@ def _number(pattern: re.Pattern[str], name: str) -> int | None:
 
 
 def _parts_of(name: str, shape: tuple[int, ...], role: Role, block: int | None, expert: int | None) -> Iterable[Part]:
-    if role is Role.ROUTED_EXPERT and expert is None and not _IN_ONE_MATRIX.search(name):  # packed: (n_experts, ...)
+    is_stack = len(shape) > 2 or (".experts." in name and not _IN_ONE_MATRIX.search(name))  # (n_experts, ...)
+    if role is Role.ROUTED_EXPERT and expert is None and is_stack:
         return [Part(name, row, block, row, role) for row in range(shape[0])]
     return [Part(name, None, block, expert, role)]
 

@@ -65,6 +65,15 @@ def test_packed_experts_are_one_part_each(name):
     assert layout.n_experts == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("transformer.blocks.0.ffn.experts.mlp.w1", (24, 8)), ("model.layers.0.mlp.input_linear.weight", (8, 4))],
+)
+def test_a_matrix_is_no_stack_of_experts(name, shape):
+    (part,) = parse_layout({name: shape}).parts
+    assert part.row is None and part.expert is None
+
+
 def test_unknown_tensors_are_all_named():
     with pytest.raises(UnknownTensorError, match=r"2 tensor\(s\).*mystery\.weight, other\.thing"):
         parse_layout({"mystery.weight": (2,), "lm_head.weight": (2, 2), "other.thing": (1,)})

@@ -120,14 +120,6 @@ class Symbol:
         """A symbol of its own."""
         return Symbol(self.tape, self.node)
 
-    def reshape(self, *shape: int) -> Symbol:
-        """Itself: what is done to an element does not depend on the shape."""
-        return self
-
-    def view_as(self, other: Symbol) -> Symbol:
-        """Itself."""
-        return self
-
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
