@@ -195,11 +195,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / 'config.json'}: num_hidden_layers: expected a number, got {wrong!r}")
         return data
 
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of the model as a whole, and of its text where that has a config of its own."""
+        config = self.config()
+        return {**(config.get("text_config") or {}), **config}
+
     @property
     def is_tied(self) -> bool | None:
         """Whether head and embedding are one tensor (config.json's tie_word_embeddings); None where it is not said."""
-        config = self.config()
-        said = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+        said = self.settings().get("tie_word_embeddings")
         return None if said is None else bool(said)
 
     def digest(self) -> str:

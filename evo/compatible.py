@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from evo.checkpoint import Checkpoint, CheckpointError, read_vocabulary
 from evo.copies import tied_heads
@@ -75,7 +74,7 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
 
 
 def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
-    here, there = _settings(a), _settings(b)
+    here, there = a.settings(), b.settings()
     keys = ["model_type", "architectures", "tie_word_embeddings"]
     keys += [key for key in _SAME_WHERE_GIVEN if here.get(key) is not None and there.get(key) is not None]
     differences = [
@@ -83,19 +82,13 @@ def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) 
         for key in keys
         if here.get(key) != there.get(key)
     ]
-    if not differences and (tied := tied_heads(a)) != tied_heads(b):
+    if not differences and a.is_tied is None and (tied := tied_heads(a)) != tied_heads(b):
         owner, other = (a_name, b_name) if tied else (b_name, a_name)
         differences.append(
             f"the head is the embedding in {owner} (same bits, and config.json does not say whether they are tied), "
             f"and not in {other}: write tie_word_embeddings into both"
         )
     return differences
-
-
-def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of the model as a whole, and of its text where that has a config of its own."""
-    config = checkpoint.config()
-    return {**(config.get("text_config") or {}), **config}
 
 
 def _same_but_rows(a: Entry, b: Entry) -> bool:
@@ -134,7 +127,7 @@ def differing_settings(checkpoints: Mapping[str, Checkpoint], interface: str) ->
         checkpoints: by name.
         interface: the one whose config children get.
     """
-    settings = {name: _settings(checkpoint) for name, checkpoint in checkpoints.items()}
+    settings = {name: checkpoint.settings() for name, checkpoint in checkpoints.items()}
     found = []
     for key in _TOLD:
         values = {name: repr(config.get(key)) for name, config in settings.items()}

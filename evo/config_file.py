@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS
-from evo.places import Place, at, describe, parse
+from evo.places import Place, describe, listed, parse
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
 from search_spaces import SPACES
@@ -51,25 +51,17 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {type(data).__name__}")
     if endless := [(place, f"expected a finite number, got {number}") for place, number in _not_finite(data)]:
-        raise ConfigError(_listed(path, lines, endless))
+        raise ConfigError(listed(path, lines, endless))
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_listed(path, lines, [_describe(lines, dict(e)) for e in error.errors()])) from None
+        raise ConfigError(listed(path, lines, [_describe(lines, dict(e)) for e in error.errors()])) from None
     config, places = _resolve_paths(config, path.resolve().parent)
     places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config), *_check_memory(config)]
     places += [_describe(lines, error, config) for error in _check_options(config)]
     if places:
-        raise ConfigError(_listed(path, lines, places))
+        raise ConfigError(listed(path, lines, places))
     return config
-
-
-def _listed(path: Path, lines: Mapping[Place, int], found: Iterable[tuple[Place, str]]) -> str:
-    """A line for each place: of a value that may be of several kinds there is a message for each kind."""
-    messages: dict[Place, list[str]] = {}
-    for place, message in found:
-        messages.setdefault(place, []).append(message)
-    return "\n".join(at(path, lines, place, "; or: ".join(said)) for place, said in messages.items())
 
 
 def _not_finite(data: Any, place: Place = ()) -> Iterator[tuple[Place, float]]:

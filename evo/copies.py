@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,22 +11,29 @@ import torch
 from evo.checkpoint import Checkpoint
 from search_spaces.layout import Role, is_by_token
 
-_copies: WeakKeyDictionary[Checkpoint, dict[str, str]] = WeakKeyDictionary()
-_tied: WeakKeyDictionary[Checkpoint, dict[str, str]] = WeakKeyDictionary()
+_Copies = dict[str, str]
 
 
-def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
+def _once(find: Callable[[Checkpoint], _Copies]) -> Callable[[Checkpoint], _Copies]:
+    """Looked for once, as long as the checkpoint lives."""
+    known: WeakKeyDictionary[Checkpoint, _Copies] = WeakKeyDictionary()
+
+    @functools.wraps(find)
+    def found(checkpoint: Checkpoint) -> _Copies:
+        if checkpoint not in known:
+            known[checkpoint] = find(checkpoint)
+        return known[checkpoint]
+
+    return found
+
+
+@_once
+def tied_heads(checkpoint: Checkpoint) -> _Copies:
     """Head -> embedding, where a checkpoint ties the two and yet stores both.
 
     Where config.json does not say, what decides is their bits: transformers ties by the default of the architecture
     then, but not tensors that differ.
     """
-    if checkpoint not in _tied:
-        _tied[checkpoint] = _find_tied(checkpoint)
-    return _tied[checkpoint]
-
-
-def _find_tied(checkpoint: Checkpoint) -> dict[str, str]:
     by_token = [part for part in checkpoint.layout.parts if is_by_token(part.tensor)]
     head = next((part.tensor for part in by_token if part.role is Role.HEAD), None)
     embedding = next((part.tensor for part in by_token if part.role is Role.EMBEDDING), None)
@@ -34,17 +43,12 @@ def _find_tied(checkpoint: Checkpoint) -> dict[str, str]:
     return {head: embedding} if tied else {}
 
 
-def unscored_copies(checkpoint: Checkpoint) -> dict[str, str]:
+@_once
+def unscored_copies(checkpoint: Checkpoint) -> _Copies:
     """Unscored tensor -> the embedding or head whose bits it has, as in DeepSeek's multi-token prediction.
 
     Reads the candidates, the tensors of the same shape, once.
     """
-    if checkpoint not in _copies:
-        _copies[checkpoint] = _find_copies(checkpoint)
-    return _copies[checkpoint]
-
-
-def _find_copies(checkpoint: Checkpoint) -> dict[str, str]:
     originals = [p.tensor for p in checkpoint.layout.parts if p.role in (Role.EMBEDDING, Role.HEAD)]
     found: dict[str, str] = {}
     for name in checkpoint.layout.unscored:

@@ -124,7 +124,9 @@ class Loop:
         """
         known = self._history.entries[Split.SEARCH]
         parents = [ask for ask in self._history.asks if ask.origin is Origin.PARENT and ask.id not in known]
-        for ask in parents if len(parents) > 1 and not stop_requested(self._folder) else ():
+        if len(parents) < 2 or stop_requested(self._folder):
+            return
+        for ask in parents:
             if reason := self._ready().cannot_write(ask.recipe_in(lambda: self._space)):
                 raise SearchError(f"parent {ask.name!r} cannot be scored: {reason}")
 

@@ -21,7 +21,7 @@ from evo.mergekit.document import Document
 from evo.mergekit.methods import Base
 from evo.mergekit.reader import to_recipe
 from evo.mergekit.settings import MergekitError
-from evo.places import Place, at, describe, parse
+from evo.places import Place, at, describe, listed, parse
 from search_spaces.recipe import Recipe, Rule, Source
 
 _Opener = Callable[[Mapping[str, Path], str | None, str], dict[str, Checkpoint]]
@@ -98,8 +98,7 @@ def _read_recipe(
     try:
         recipe = Recipe.from_dict(data)
     except ValidationError as error:
-        found = [_describe(dict(e)) for e in error.errors()]
-        raise RecipeError("\n".join(at(file, lines, *said, "recipe") for said in found)) from None
+        raise RecipeError(listed(file, lines, (_describe(dict(e)) for e in error.errors()), "recipe")) from None
     except ValueError as error:
         raise RecipeError(at(file, lines, ("version",), str(error))) from None
     for i, rule in enumerate(recipe.rules):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,14 @@ def at(path: Path, lines: Mapping[Place, int], place: Place, message: str, top: 
     """The message with its file, line and place; of a value that is not in the file, with those of what holds it."""
     known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), ())
     return f"{path}:{lines.get(known, 1)}: {'.'.join(place) or top}: {message}"
+
+
+def listed(path: Path, lines: Mapping[Place, int], found: Iterable[tuple[Place, str]], top: str = "config") -> str:
+    """A line for each place: of a value that may be of several kinds there is a message for each kind."""
+    messages: dict[Place, list[str]] = {}
+    for place, message in found:
+        messages.setdefault(place, []).append(message)
+    return "\n".join(at(path, lines, place, "; or: ".join(said), top) for place, said in messages.items())
 
 
 def describe(error: Mapping[str, Any], allowed: Sequence[str]) -> str:

@@ -38,9 +38,10 @@ class Role(StrEnum):
 
 # Tried in this order; the first match wins. Attention comes before norm, so that q_norm and
 # q_a_layernorm move with the projections they were trained with.
+_OF_TOKENS = "embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings"
 _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
     (Role.HEAD, r"(^|\.)(lm_head|embed_out|project_out)\.|^(model\.)?output\.weight$"),
-    (Role.EMBEDDING, r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings|embeddings)\."),
+    (Role.EMBEDDING, rf"(^|\.)({_OF_TOKENS}|wpe)\."),
     (Role.EMBEDDING, r"(^|\.)(embed_positions|embed_tokens_per_layer|per_layer_model_projection|project_in)\."),
     (Role.EMBEDDING, r"(^|\.)altup_(un)?(embed_)?projections\."),
     (Role.ATTENTION, r"\.(self_attn|linear_attn|cross_attn|attn|attention|self_attention|mamba|conv)\."),
@@ -57,9 +58,7 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _IN_ONE_MATRIX = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
 """Experts one below the other, as in DBRX: no slice along dimension 0 is one, so they are merged alike."""
-_BY_TOKEN = re.compile(
-    r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings)\.weight$"
-)
+_BY_TOKEN = re.compile(rf"(^|\.)(lm_head|embed_out|{_OF_TOKENS})\.weight$")
 _UNSCORED = re.compile(
     r"(^|\.)(mtp\w*|visual|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector|connector)\."
     r"|(^|\.)(embed_vision|embed_audio|embed_tokens_extend|talker|code2wav|token2wav)\."

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from evo.checkpoint import Checkpoint, CheckpointError
@@ -193,17 +193,20 @@ def test_a_config_of_something_else(tmp_path):
 
 
 def set_key(folder, key, value):
+    """Put something else in place of a key of config.json."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**{k: v for k, v in config.items() if k != key}, **value}))
 
 
+def rewrite(folder, change):
+    """Write other tensors, made from those of a checkpoint."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def store_head(folder, head, embedding, scale=1.0):
     """Write the head of a tied checkpoint beside its embedding."""
-    from safetensors.torch import save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    tensors[head] = tensors[embedding] * scale
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite(folder, lambda tensors: {**tensors, head: tensors[embedding] * scale})
 
 
 class TestTiedHeads:
@@ -216,7 +219,7 @@ class TestTiedHeads:
          ("starcoder2", "model.embed_tokens.weight")],
     )  # fmt: skip
     def test_under_any_name(self, kind, embedding, said, tmp_path):
-        parents = write_parents(tmp_path, kind, without=OLD if kind == "gpt2" else (), tie_word_embeddings=True)
+        parents = write_parents(tmp_path, kind, tie_word_embeddings=True)
         for path in parents.values():
             store_head(path, "lm_head.weight", embedding)
             if not said:  # as published configs that leave it to the architecture's default
@@ -237,28 +240,21 @@ class TestTiedHeads:
 @pytest.mark.parametrize(("kind", "prefix"), [("gpt2", "transformer."), ("mistral", "model.")])
 def test_names_without_their_prefix(kind, prefix, tmp_path):
     """As openai-community/gpt2 is published, and what AutoModel saves."""
-    from safetensors.torch import save_file
-
-    parents = write_parents(tmp_path, kind, **({"without": OLD} if kind == "gpt2" else {}))
+    parents = write_parents(tmp_path, kind)
     for path in parents.values():
-        tensors = load_file(path / "model.safetensors")
-        renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+        rewrite(path, lambda tensors: {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     resident, loaded, written = write_and_load(parents, tmp_path / "out")
     assert not any(name.startswith(prefix) for name in written)
     assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
 
 
 def test_masks_that_old_checkpoints_store_are_copied(tmp_path):
-    from safetensors.torch import save_file
-
-    parents = write_parents(tmp_path, "gpt_neox", without=OLD)
+    parents = write_parents(tmp_path, "gpt_neox")
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+    stored = {f"gpt_neox.layers.{i}.attention.bias": mask.clone() for i in range(3)}
+    stored |= {f"gpt_neox.layers.{i}.attention.masked_bias": torch.tensor(-1e9) for i in range(3)}
     for path in parents.values():
-        tensors = load_file(path / "model.safetensors")
-        mask = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
-        tensors |= {f"gpt_neox.layers.{i}.attention.bias": mask.clone() for i in range(3)}
-        tensors |= {f"gpt_neox.layers.{i}.attention.masked_bias": torch.tensor(-1e9) for i in range(3)}
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        rewrite(path, lambda tensors: {**tensors, **stored})
     resident, loaded, written = write_and_load(parents, tmp_path / "out")
     assert torch.equal(written["gpt_neox.layers.2.attention.bias"], mask)
     assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
@@ -272,14 +268,14 @@ def test_masks_that_old_checkpoints_store_are_copied(tmp_path):
     ],
 )  # fmt: skip
 def test_parents_whose_weights_mean_something_else(kind, key, value, tmp_path):
-    parents = write_parents(tmp_path, kind, **({} if kind == "gemma3_text" else {"without": OLD}))
+    parents = write_parents(tmp_path, kind)
     set_key(parents["b"], key, {key: value})
     with pytest.raises(CheckpointError, match=rf"config.json {key}: .* in base, {value!r} in b"):
         check_compatible({name: Checkpoint.open(path) for name, path in parents.items()})
 
 
 def test_what_a_nested_config_says_counts(tmp_path):
-    parents = write_parents(tmp_path, "gpt_neox", without=OLD)
+    parents = write_parents(tmp_path, "gpt_neox")
     for name, path in parents.items():
         set_key(path, "num_attention_heads", {"text_config": {"num_attention_heads": 4 if name == "b" else 2}})
     with pytest.raises(CheckpointError, match=r"num_attention_heads: 2 in base, 4 in b"):

@@ -166,9 +166,9 @@ def check_cache(model: Any) -> None:
     Raises:
         ValueError: if it does not.
     """
-    cache, one = DynamicCache(config=model.config), torch.ones(1, 1, dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)
     try:
-        model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        _read_one(model, cache)
         cache.get_seq_length()
     except ValueError as error:
         raise ValueError(
@@ -179,7 +179,13 @@ def check_cache(model: Any) -> None:
 
 def token_bytes(model: Any) -> int:
     """Memory of the keys and values of one token, found by a forward pass."""
-    cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = DynamicCache()
+    _read_one(model, cache)
     tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
     return sum(t[:1, :, :1].nbytes for t in tensors)
+
+
+def _read_one(model: Any, cache: DynamicCache) -> None:
+    """Have a model put what it remembers of one token into a cache."""
+    one = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -59,7 +59,6 @@ class TransformersEngine:
     """
 
     capabilities = frozenset({"generate", "logprobs"})
-    caveat: str | None = None
 
     def __init__(
         self,
@@ -257,7 +256,7 @@ def find_slots(model: Any) -> dict[str, Tensor]:
             f"transformers rearranges {len(copies)} weight(s) of this architecture while loading, so they "
             f"cannot be written in place: {', '.join(copies[:5])}"
         )
+    named = {**resident, **slots}  # a checkpoint may also be stored packed, as the model is
     prefix = f"{model.base_model_prefix}."  # which transformers adds and takes away as it needs
-    without = {name.removeprefix(prefix): tensor for name, tensor in {**resident, **slots}.items()}
-    more = {f"{prefix}{name}": tensor for name, tensor in {**resident, **slots}.items()}
-    return {**without, **more, **resident, **slots}  # a checkpoint may also be stored packed, as the model is
+    without = {name.removeprefix(prefix): slot for name, slot in named.items()}
+    return {**without, **{f"{prefix}{name}": slot for name, slot in named.items()}, **named}
