@@ -44,11 +44,20 @@ def test_by_a_tensor(tmp_path, tensor, kind):
         Checkpoint.open(tmp_path)
 
 
-def test_the_way_out_is_code_where_there_is_some(folder):
+@pytest.mark.parametrize(
+    ("method", "code"),
+    [
+        ("bitsandbytes", r"\.dequantize\(\)\.save_pretrained"),
+        ("compressed-tensors", r"CompressedTensorsConfig\(dequantize=True\)"),
+        ("gptq", r"dequantize_model\(PATH, NEW_PATH\)"),
+        ("awq", r"AutoAWQConverter\.from_pretrained\(PATH\)\), then .*CompressedTensorsDequantizer\(PACKED_PATH\)"),
+    ],
+)
+def test_the_way_out_is_code_where_there_is_some(folder, method, code):
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    config["quantization_config"] = {"quant_method": method}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"\.dequantize\(\)\.save_pretrained"):
+    with pytest.raises(CheckpointError, match=f"convert it first: .*{code}"):
         Checkpoint.open(folder)
 
 

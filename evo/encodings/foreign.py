@@ -16,13 +16,21 @@ READ = ("fp8", "mxfp4")
 
 _LOAD = "AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16'"
 _SAVE = "save_pretrained(NEW_PATH)"
+_CONVERT = "compressed_tensors.entrypoints.convert.convert_checkpoint"
 CONVERSIONS = {
     "bitsandbytes": f"{_LOAD}).dequantize().{_SAVE}",
     "higgs": f"{_LOAD}).dequantize().{_SAVE}",
     "compressed-tensors": f"{_LOAD}, quantization_config=CompressedTensorsConfig(dequantize=True)).{_SAVE}",
     "gguf": f"{_LOAD}, gguf_file='NAME.gguf').{_SAVE}",
+    "gptq": "gptqmodel.utils.model_dequant.dequantize_model(PATH, NEW_PATH)",
+    "awq": (
+        f"{_CONVERT}(PATH, PACKED_PATH, AutoAWQConverter.from_pretrained(PATH)), then "
+        f"{_CONVERT}(PACKED_PATH, NEW_PATH, CompressedTensorsDequantizer(PACKED_PATH))"
+    ),
 }
-"""Kind -> transformers code that turns it into floats, where there is such."""
+"""Kind -> Python that turns it into floats, where there is such. (GPTQModel 7.7 takes AWQ, too, but leaves its columns
+in AWQ's order.)
+"""
 
 _TELLTALES = {
     r"\.(qweight|qzeros)$": "GPTQ or AWQ",
