@@ -14,11 +14,7 @@ _MAX_RULES = 40
 
 def model_card(row: Row, recipe: Recipe, front: Front, config: Config, told: Sequence[str], caveat: str | None) -> str:
     """README.md of an exported checkpoint, in Markdown."""
-    return f"""---
-library_name: transformers
-tags: [merge, mergefront]
----
-
+    return f"""{_metadata(recipe)}
 # {row.ask.name}: a merge of {" and ".join(config.parents)}
 
 Found by [mergefront](https://pypi.org/project/mergefront/) with `{config.optimizer.kind}` over the space
@@ -39,17 +35,21 @@ Task: `{config.task.kind}`, at most {config.engine.max_tokens} tokens an answer.
 
 def merge_card(recipe: Recipe, name: str, told: Sequence[str]) -> str:
     """README.md of a checkpoint that was merged without a search."""
-    return f"""---
-library_name: transformers
-tags: [merge, mergefront]
----
-
+    return f"""{_metadata(recipe)}
 # {name}: a merge of {" and ".join(recipe.sources)}
 
 Written by [mergefront](https://pypi.org/project/mergefront/); `recipe.yaml` rebuilds it exactly.
 It has not been scored.
 
 {recipe_sections(recipe, told)}"""
+
+
+def _metadata(recipe: Recipe) -> str:
+    """What the Hub reads of a card: from its parents there it draws the model's family tree."""
+    ids = [source.path for source in recipe.sources.values() if source.revision]
+    parents = "".join(f"- {name}\n" for name in ids)
+    family = f"base_model:\n{parents}base_model_relation: merge\n" if ids else ""
+    return f"---\nlibrary_name: transformers\ntags: [merge, mergefront]\n{family}---\n"
 
 
 def recipe_sections(recipe: Recipe, told: Sequence[str]) -> str:

@@ -206,6 +206,15 @@ class Checkpoint:
         said = self.settings().get("tie_word_embeddings")
         return None if said is None else bool(said)
 
+    def companions(self) -> list[Path]:
+        """Files besides the weights that a child gets: the interface files, and code where one of them names some
+        (`auto_map`): whoever trusts it has it loaded from the child's folder. It is never run here.
+        """
+        found = [path for name in INTERFACE_FILES if (path := self.path / name).is_file()]
+        if any(b'"auto_map"' in path.read_bytes() for path in found if path.name.endswith("config.json")):
+            found += sorted(path for path in self.path.glob("*.py") if path.is_file())
+        return found
+
     def digest(self) -> str:
         """SHA-256 (hex) over the content of the weights and of the interface files. Reads every byte."""
         names = sorted({*self.weight_map.values(), *(n for n in self.digest_files if (self.path / n).is_file())})

@@ -19,7 +19,7 @@ from typing import Any
 from evo.accounting import ACCOUNTING_FILE, Account, account, summary, to_json
 from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
-from evo.checkpoint import INTERFACE_FILES, Checkpoint
+from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.encodings.mxfp4 import Mxfp4
 from evo.encodings.rounding import Rounding
@@ -162,9 +162,8 @@ def _check_room(interface: Checkpoint, out: Path) -> None:
 
 
 def _copy_interface(interface: Checkpoint, folder: Path) -> None:
-    for name in INTERFACE_FILES:
-        if (interface.path / name).is_file():
-            shutil.copyfile(interface.path / name, folder / name)
+    for path in interface.companions():
+        shutil.copyfile(path, folder / path.name)
     if any(entry.encoding != entry.encoding.output for entry in interface.entries.values()):
         config = {key: value for key, value in interface.config().items() if key != "quantization_config"}
         (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<revision>[0-9a-f]+)$")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "consolidated*"]  # the same weights in other layouts
 
 
@@ -21,9 +21,9 @@ def is_id(text: str) -> bool:
 
 
 def download(text: str) -> Path:
-    """The local folder of an id: weights, config and tokenizer. Nothing is downloaded twice.
+    """The local folder of an id: weights, config and tokenizer, and code, which is passed on and never run.
 
-    With HF_HUB_OFFLINE=1 nothing is downloaded at all.
+    Nothing is downloaded twice. With HF_HUB_OFFLINE=1 nothing is downloaded at all.
 
     Raises:
         HubError: saying why it cannot be had.

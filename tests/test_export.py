@@ -11,8 +11,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from blake3 import blake3
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from evo.accounting import ACCOUNTING_FILE
 from evo.checkpoint import Checkpoint, CheckpointError
@@ -98,6 +101,23 @@ def test_every_tensor_is_accounted_for_and_nothing_else_changes(parents, tmp_pat
         assert line.startswith(f"{len(found)} tensors: ") and f"{counts['copied']} copied from a" in line
         assert f"{counts['passed through']} passed through from base" in line
     assert accounting["summary"] in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_code_that_the_interface_names_is_passed_on(moe_parents, tmp_path, monkeypatch, named):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    parents = {name: shutil.copytree(path, tmp_path / name) for name, path in moe_parents.items()}
+    config = json.loads((parents["a"] / "config.json").read_text())
+    if named:  # as in DeepSeek's checkpoints
+        config["auto_map"] = {"AutoConfig": "configuration_ours.OurConfig"}
+    (parents["a"] / "config.json").write_text(json.dumps(config))
+    code = "from transformers import LlamaConfig\n\n\nclass OurConfig(LlamaConfig):\n    ours = True\n"
+    (parents["a"] / "configuration_ours.py").write_text(code)
+    out = tmp_path / "out"
+    merge(write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5})), out)
+    assert (out / "configuration_ours.py").is_file() == named
+    if named:
+        assert AutoConfig.from_pretrained(out, trust_remote_code=True).ours
 
 
 def test_packed_experts_with_rules_of_their_own(moe_parents, tmp_path):
@@ -206,7 +226,9 @@ class TestWhereParentsAre:
         merge(tmp_path / "recipe.yaml", tmp_path / "out")
         assert hashes(tmp_path / "out") == hashes(moe_parents["a"])
         assert Recipe.from_yaml((tmp_path / "out" / "recipe.yaml").read_text()) == recipe
-        assert f"org/a@{commit}" in (tmp_path / "out" / "README.md").read_text()
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert f"org/a@{commit}" in card.text
+        assert card.data.base_model == ["org/a"] and card.data.base_model_relation == "merge"
         (tmp_path / "other.yaml").write_text(recipe.to_yaml().replace("org/a", "org/b"))
         with pytest.raises(RecipeError, match=r"other\.yaml: a: no checkpoint folder at .*HF_HUB_OFFLINE"):
             merge(tmp_path / "other.yaml", tmp_path / "two")

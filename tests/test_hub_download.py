@@ -30,7 +30,7 @@ from tests.test_export import hashes
 
 RULES = (Rule("linear", {"a": 0.3}, roles=(Role.ATTENTION, Role.FFN)),)
 SHARD = "model-00001-of-00002.safetensors"
-UNWANTED = ("pytorch_model.bin", "model.pt", "consolidated.safetensors", "original/model.safetensors", "modeling.py")
+UNWANTED = ("pytorch_model.bin", "model.pt", "consolidated.safetensors", "original/model.safetensors")
 _PATH = re.compile(
     r"/(api/models/)?(?P<id>[\w-]+/[\w-]+)/(?P<what>revision|tree|resolve)/(?P<at>[^/]+)(/(?P<file>.*))?"
 )

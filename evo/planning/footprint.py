@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from evo.checkpoint import INTERFACE_FILES, Checkpoint
+from evo.checkpoint import Checkpoint
 from evo.encodings.mxfp4 import Mxfp4
 from evo.merge import get_method
 from evo.parallel import own_parts, part_shape
@@ -33,8 +33,7 @@ def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
 @lru_cache
 def export_bytes(interface: Checkpoint) -> int:
     """Of an export: its tensors as they are stored (MXFP4 becomes bfloat16), tokenizer and configs."""
-    files = [interface.path / name for name in INTERFACE_FILES]
-    return sum(file.stat().st_size for file in files if file.is_file()) + sum(
+    return sum(file.stat().st_size for file in interface.companions()) + sum(
         2 * math.prod(entry.shape)
         if isinstance(entry.encoding, Mxfp4)
         else sum(interface.headers[piece].n_bytes for piece in entry.pieces)
