@@ -76,6 +76,7 @@ class Adapter(Checkpoint):
         headers = read_header(path / WEIGHTS_FILE)
         self._factors: dict[str, dict[str, str]] = {}  # tensor -> side -> name in the file
         self._replaced: dict[str, str] = {}  # tensor -> name in the file
+        self._scales: dict[str, float] = {}
         for key in headers:
             self._sort(path, key)
         super().__init__(path, dict.fromkeys(headers, WEIGHTS_FILE), headers)
@@ -91,23 +92,27 @@ class Adapter(Checkpoint):
         return (*full, *((self, f"{name}.{side}") for side in ("left", "right") if name in self._factors))
 
     def tensor(self, piece: str, cut: Cut | None = None, *, check: bool = True) -> torch.Tensor:
-        """See Checkpoint. NAME.left (R, r) and NAME.right (r, C) are the factors of NAME's difference."""
+        """See Checkpoint. NAME.left (R, r) and NAME.right (r, C) are the factors of NAME's difference, of which
+        the left one is scaled.
+        """
         name, _, side = piece.rpartition(".")
         if name not in self._factors:
             return super().tensor(piece, cut, check=check)
         transposed = self._is_transposed(name)
-        factor = super().tensor(self._factors[name]["A" if (side == "right") != transposed else "B"])
+        factor = super().tensor(self._factors[name]["A" if (side == "right") != transposed else "B"]).double()
+        if side == "left":
+            factor *= self._scales[name]
         factor = fixed_point(factor.T if transposed else factor, 1 if side == "left" else 0)
         return (factor if cut is None else factor[cut]).contiguous()
 
     def header(self, piece: str) -> TensorHeader:
-        """See Checkpoint. Factors are made in float64."""
+        """See Checkpoint. Factors are made in float32."""
         name, _, side = piece.rpartition(".")
         if name not in self._factors:
             return super().header(piece)
         n_rows, n_columns = self.entries[name].shape
         rank = self.headers[self._factors[name]["A"]].shape[0]
-        return TensorHeader("F64", (n_rows, rank) if side == "left" else (rank, n_columns))
+        return TensorHeader("F32", (n_rows, rank) if side == "left" else (rank, n_columns))
 
     def written_map(self) -> dict[str, str]:
         """An adapter says nothing of how a whole checkpoint is laid out.
@@ -152,7 +157,8 @@ class Adapter(Checkpoint):
         if name not in self._factors:
             return entry
         rank = self._check_factors(name, entry.shape)
-        return replace(entry, encoding=LowRank(entry.encoding, self._scale(name.removesuffix(".weight"), rank)))
+        self._scales[name] = self._scale(name.removesuffix(".weight"), rank)
+        return replace(entry, encoding=LowRank(entry.encoding))
 
     def _check_factors(self, name: str, shape: tuple[int, ...]) -> int:
         """Rank of a difference."""

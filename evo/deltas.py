@@ -182,11 +182,11 @@ class LowRankDelta:
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(whole, min(self.rank + OVERSAMPLING, *whole.shape), ITERATIONS)
         left, right = u[:, : self.rank] * s[: self.rank], v[:, : self.rank].T
-        return fixed_point(left, 1).float(), fixed_point(right, 0).float()
+        return fixed_point(left, 1), fixed_point(right, 0)
 
     def donor(self, base: Operand, kept: Sequence[Tensor]) -> Operand:
         """See Compression."""
-        return LowRankSum(base, kept[0], kept[1], 1.0)
+        return LowRankSum(base, kept[0], kept[1])
 
     def check(self, shape: tuple[int, int], region: Region) -> None:
         """See Compression."""

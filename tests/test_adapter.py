@@ -119,6 +119,7 @@ def test_products_have_the_same_bits_in_any_blocks_and_any_order(seed, n, rank):
     generator = torch.Generator().manual_seed(seed)
     left = fixed_point(torch.randn(n, rank, generator=generator) * 10 ** torch.randn(n, 1, generator=generator), 1)
     right = fixed_point(torch.randn(rank, n, generator=generator), 0)
+    left, right = left.double(), right.double()
     whole, order = left @ right, torch.randperm(rank, generator=generator)
     assert torch.equal(whole, left[:, order] @ right[order])
     assert torch.equal(whole, torch.stack([sum(x * y for x, y in zip(row, right, strict=True)) for row in left]))

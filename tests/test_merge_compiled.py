@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evo.checkpoint import Checkpoint
-from evo.deltas import Absmax
+from evo.deltas import parse
 from evo.encodings.fp8_blocks import Fp8Blocks
 from evo.materializer import Materializer
 from evo.merge import METHODS, cpp_loop, get_method, kernels
@@ -24,6 +24,8 @@ from tests.merging import SETTINGS, arguments_of
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 COMPILED = ["linear", "ties", "dare_ties", "della", "sce", "model_stock", "ram", "arcee_fusion", "nearswap"]
 """Between them they use every operation that a loop knows."""
+DELTAS = ["int8", "int4", "low_rank(5)"]
+"""How donors are compressed."""
 
 
 def part_merge(name, dtype=torch.bfloat16, shape=(37, 1031), coefficients=(0.3, 0.45), scale=1.0, device="cpu"):
@@ -105,20 +107,20 @@ def test_blocks_of_fp8_may_have_any_shape_and_merges_start_anywhere(block):
     assert torch.equal(fused.block((slice(7, 8), slice(100, 777))), expected[7:8, 100:777])
 
 
-def compressed(merge, bits):
-    """The same merge of donors that are kept as differences of some bits."""
-    kept = [
-        Absmax(bits).compress(lambda at, donor=donor: donor[at].float() - merge.base[at].float(), merge.base)
-        for donor in merge.donors
-    ]
-    return replace(merge, donors=[Absmax(bits).donor(merge.base, one) for one in kept])
+def compressed(merge, deltas, first=0):
+    """The same merge of donors that are kept as compressed differences, or from some row on, of low rank."""
+    how, base = parse(deltas), merge.base
+    kept = [how.compress(lambda at, donor=donor: donor[at].float() - base[at].float(), base) for donor in merge.donors]
+    if first:
+        base, kept = base[first:], [(left[first:], right) for left, right in kept]
+    return replace(merge, base=base, donors=[how.donor(base, one) for one in kept])
 
 
 @needs_compiler
-@pytest.mark.parametrize("bits_kept", [8, 4])
+@pytest.mark.parametrize("deltas", DELTAS)
 @pytest.mark.parametrize("name", ["linear", "della"])
-def test_same_bits_of_donors_that_are_compressed(name, bits_kept):
-    merge = compressed(part_merge(name, shape=(37, 1032)), bits_kept)
+def test_same_bits_of_donors_that_are_compressed(name, deltas):
+    merge = compressed(part_merge(name, shape=(37, 1032)), deltas)
     for one in (merge, in_fp8(merge, ("base",))):
         fused, whole = loop_of(one), on_tensors(one).view(-1)
         for begin in (0, 1, 1032, 20_001):
@@ -129,7 +131,7 @@ def test_same_bits_of_donors_that_are_compressed(name, bits_kept):
 
 def test_rows_of_an_odd_length_are_not_compiled_where_differences_share_bytes(monkeypatch):
     monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
-    assert compressed(part_merge("linear", shape=(37, 1031)), 4).compiled() is None
+    assert compressed(part_merge("linear", shape=(37, 1031)), "int4").compiled() is None
 
 
 def floats_around_those_of_e4m3():
@@ -166,6 +168,15 @@ def test_some_rows_of_fp8_are_those_of_the_whole(name):
     expected, rows = on_tensors(in_fp8(merge)), in_fp8(merge, first=16)
     fused = fuse(rows.method, [rows.base, *rows.donors], rows.coefficients, rows.arguments, rows.keys, first=16 * 1031)
     assert torch.equal(bits(fused.result()), bits(expected[16:].reshape(-1)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["linear", "della"])
+def test_some_rows_of_low_rank_donors_are_those_of_the_whole(name):
+    merge = part_merge(name)
+    expected, rows = on_tensors(compressed(merge, "low_rank(5)")), compressed(merge, "low_rank(5)", first=7)
+    fused = fuse(rows.method, [rows.base, *rows.donors], rows.coefficients, rows.arguments, rows.keys, first=7 * 1031)
+    assert torch.equal(bits(fused.result()), bits(expected[7:].reshape(-1)))
 
 
 @needs_compiler

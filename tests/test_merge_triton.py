@@ -9,7 +9,15 @@ from evo.merge import METHODS, kernels
 from evo.merge.kernels import fuse, record
 from evo.merge.tape import Tape
 from evo.merge.triton_kernel import TritonKernel
-from tests.test_merge_compiled import bits, compressed, floats_around_those_of_e4m3, in_fp8, on_tensors, part_merge
+from tests.test_merge_compiled import (
+    DELTAS,
+    bits,
+    compressed,
+    floats_around_those_of_e4m3,
+    in_fp8,
+    on_tensors,
+    part_merge,
+)
 
 pytest.importorskip("triton")
 
@@ -54,9 +62,9 @@ def test_same_bits_of_what_is_stored_as_fp8(device, name, block):
     assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).view(-1)))
 
 
-@pytest.mark.parametrize("bits_kept", [8, 4])
-def test_same_bits_of_donors_that_are_compressed(device, bits_kept):
-    merge = compressed(part_merge("linear", shape=(37, 1032), device=device), bits_kept)
+@pytest.mark.parametrize("deltas", DELTAS)
+def test_same_bits_of_donors_that_are_compressed(device, deltas):
+    merge = compressed(part_merge("linear", shape=(37, 1032), device=device), deltas)
     operands = [merge.base, *merge.donors]
     fused = fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys)
     assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).cpu().view(-1)))
@@ -118,7 +126,16 @@ def test_what_is_compiled_for_a_gpu_rounds_every_operation_by_itself_and_reads_1
 def test_numbers_of_a_byte_are_read_several_at_a_time(stored, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     merge = part_merge("linear", shape=(64, 512))
-    merge = in_fp8(merge) if stored == "fp8" else compressed(merge, 8)
+    merge = in_fp8(merge) if stored == "fp8" else compressed(merge, "int8")
     ptx = compiled_for_a_gpu(merge, torch.float32 if stored == "fp8" else torch.bfloat16)
     assert not re.search(r"\b(fma|div\.full|div\.approx|rcp)\b|\.ftz", ptx)
     assert not re.search(r"(ld|st)\.global\.b(8|16)", ptx)
+
+
+def test_products_of_low_rank_are_of_doubles_and_read_16_bytes_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    merge = compressed(part_merge("linear", shape=(64, 512)), "low_rank(16)")
+    ptx = compiled_for_a_gpu(merge, torch.bfloat16)
+    assert "mul.rn.f64" in ptx or "mul.f64" in ptx
+    assert not re.search(r"fma\.rn\.f32|\.ftz", ptx)
+    assert "ld.global.v4.b32" in ptx and not re.search(r"(ld|st)\.global\.b16", ptx)

@@ -1,8 +1,8 @@
-"""A tensor of another encoding plus a product of two thin matrices (LoRA, arXiv 2106.09685): W + scale * L @ R.
+"""A tensor of another encoding plus a product of two thin matrices (LoRA, arXiv 2106.09685): W + L @ R.
 
-The product is never stored, and formed for the block that is read only. So that every device and every cut into
-blocks gives the same bits, factors are rounded to fixed point (see `fixed_point`) and multiplied in float64, where
-such sums of products are exact.
+The product is never stored, and formed for the block that is read only. So that every device, every loop and every cut
+into blocks gives the same bits, factors are rounded to fixed point (see `fixed_point`) and multiplied in float64, where
+such sums of products are exact in any order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from evo.encodings import Encoding, Values, Watcher
 from evo.merge.blocks import Operand, Region
-from evo.merge.tape import Symbol, Tape, Untraceable
+from evo.merge.kernels import symbol_of
+from evo.merge.tape import Symbol, Tape
 
 BITS = 21
 MAX_RANK = 1 << (53 - 2 * BITS)
@@ -28,7 +29,6 @@ class LowRank:
     """See evo.encodings.Encoding. Pieces: those of W, then L (R, r) and R (r, C), both in fixed point."""
 
     inner: Encoding
-    scale: float
 
     is_float = True
 
@@ -51,7 +51,7 @@ class LowRank:
 
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
         """See Encoding."""
-        return LowRankSum(self.inner.operand(pieces[:-2]), pieces[-2], pieces[-1], self.scale)
+        return LowRankSum(self.inner.operand(pieces[:-2]), pieces[-2], pieces[-1])
 
     def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
         """See Encoding."""
@@ -69,12 +69,10 @@ class LowRank:
 
 
 class LowRankSum:
-    """A matrix whose low-rank difference is added to a block when it is read: W + scale * L @ R, with L and R in
-    fixed point, as float64 or float32.
-    """
+    """A matrix whose low-rank difference is added to a block when it is read: W + L @ R, both in fixed point."""
 
-    def __init__(self, base: Operand, left: Tensor, right: Tensor, scale: float) -> None:
-        self._base, self._left, self._right, self._scale = base, left, right, scale
+    def __init__(self, base: Operand, left: Tensor, right: Tensor) -> None:
+        self._base, self._left, self._right = base, left, right
         self.shape, self.device = base.shape, base.device
 
     def numel(self) -> int:
@@ -84,19 +82,19 @@ class LowRankSum:
     def __getitem__(self, block: Any) -> Tensor:
         rows, columns = block if isinstance(block, tuple) else (block, slice(None))
         difference = self._left[rows].double() @ self._right[:, columns].double()
-        return difference.mul_(self._scale).add_(self._base[rows, columns]).float()
+        return difference.add_(self._base[rows, columns]).float()
 
     def symbol(self, tape: Tape) -> Symbol:
-        """See kernels.Recordable: an element of it takes a row and a column, in float64."""
-        raise Untraceable("merges of low-rank differences (LoRA) are matrix products, which no loop here does")
+        """See kernels.Recordable."""
+        return tape.add_product(symbol_of(self._base, tape), self._left, self._right)
 
 
 def fixed_point(factor: Tensor, dim: int) -> Tensor:
     """Round to 21 bits, counted from the largest magnitude along a dimension.
 
     Returns:
-        float64: along the dimension, integers of at most 21 bits times one power of two.
+        float32: along the dimension, integers of at most 21 bits times one power of two.
     """
     factor = factor.double()
     exponent = torch.frexp(factor.abs().amax(dim, keepdim=True)).exponent - BITS
-    return torch.ldexp(torch.ldexp(factor, -exponent).round_(), exponent)
+    return torch.ldexp(torch.ldexp(factor, -exponent).round_(), exponent).float()

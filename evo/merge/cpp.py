@@ -26,6 +26,7 @@ _EXPRESSIONS = {
     "row": "t[{0}][r]",
     "tile": "t[{0}][(r / {1}) * ((n_columns + {2} - 1) / {2}) + column / {2}]",
     "magprune": "pruned{5}[c]",
+    "add_product": "(float)(product{1}[c] + (double)v{0})",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
     "mul": "v{0} * v{1}",
@@ -48,6 +49,8 @@ _PLACES = {"scalar": "call", "row": "strip", "tile": "strip"}
 """Where what does not change from element to element is computed."""
 _FROM_MEMORY = ("input", "half", "noise", "magprune")
 """What needs no other node in the same loop."""
+_N_NODES = {"add_product": 1}
+"""How many operands are nodes, where not all are."""
 
 
 def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
@@ -69,6 +72,12 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
         elif operation == "half":
             lines["strip"].append(
                 f"int8_t n{operands[0]}[STRIP + 1]; unpack(x{operands[0]}, odd, width, n{operands[0]});"
+            )
+        elif operation == "add_product":
+            _, left, right, rank = operands
+            lines["strip"].append(
+                f"alignas(64) double product{left}[STRIP]; "
+                f"multiply<{rank}>(t[{left}] + r * {rank}, t[{right}] + column, n_columns, width, product{left});"
             )
         elif operation in _PLACES:
             lines[_PLACES[operation]].append(f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
@@ -94,7 +103,7 @@ def _loop(nodes: Sequence[Node], targets: Sequence[int], uses: Sequence[str]) ->
         operation, *operands = nodes[v]
         if v in wanted and operation not in _PLACES:
             lines.insert(0, f"const float v{v} = {_EXPRESSIONS[operation].format(*operands)};")
-            wanted.update(() if operation in _FROM_MEMORY else operands)
+            wanted.update(() if operation in _FROM_MEMORY else operands[: _N_NODES.get(operation)])
     return ["#pragma GCC ivdep", "#pragma GCC unroll 2", "for (int32_t c = 0; c < width; ++c) {", *lines]
 
 
@@ -165,6 +174,29 @@ static inline void unpack(const uint8_t* bytes, int32_t odd, int32_t n, int8_t* 
     found[2 * j + 1] = (int8_t)(bytes[j] >> 4) - 8;
   }
   if (n & 1) found[n - 1] = (int8_t)(bytes[n / 2] & 15) - 8;
+}
+
+#ifdef __FMA__
+static inline double multiply_add(double x, double y, double z) { return __builtin_fma(x, y, z); }
+#else
+static inline double multiply_add(double x, double y, double z) { return x * y + z; }
+#endif
+
+// A row of a matrix times a strip of columns of another, of RANK rows: exact sums of products, so they may be fused.
+template <int RANK>
+static inline void multiply(const float* left, const float* right, int64_t n_columns, int32_t width, double* found) {
+  enum { WIDE = 32 };  // sums in as many registers as hide how long an addition takes
+  int32_t c = 0;
+  for (; c + WIDE <= width; c += WIDE) {
+    double sum[WIDE] = {};
+    for (int32_t k = 0; k < RANK; ++k)
+      for (int32_t j = 0; j < WIDE; ++j) sum[j] = multiply_add(left[k], right[k * n_columns + c + j], sum[j]);
+    std::memcpy(found + c, sum, sizeof sum);
+  }
+  for (; c < width; ++c) {
+    found[c] = 0.0;
+    for (int32_t k = 0; k < RANK; ++k) found[c] = multiply_add(left[k], right[k * n_columns + c], found[c]);
+  }
 }
 
 // What magprune.py does in each of its 64 buckets, where noise is a whole number of 16 bits.

@@ -283,10 +283,10 @@ def symbol_of(operand: Operand, tape: Tape) -> Symbol:
 
 
 def _number_from_the_top(tape: Tape, n_rows: int) -> None:
-    """Numbers of tiles are those of whole parts; of some rows of one, those above are anything."""
+    """Rows of tiles and of thin matrices are those of whole parts; of some rows of one, those above are anything."""
     for operation, *operands in tape.nodes:
-        if operation == "tile":
-            table, height, _ = operands
+        if operation in ("tile", "add_product"):
+            table, height = (operands[0], operands[1]) if operation == "tile" else (operands[1], 1)
             numbers = tape.tensors[table]
             tape.tensors[table] = torch.cat([numbers.new_zeros(n_rows // height, numbers.shape[1]), numbers])
 

@@ -35,7 +35,7 @@ class Tape:
         """Matrices (R, C) that are read element by element."""
         self.scalars: list[float] = []
         self.tensors: list[Tensor] = []
-        """Rows, of shape (R, 1), numbers of tiles, and tables, of shape (64,), all float32."""
+        """Rows, of shape (R, 1), numbers of tiles, tables, of shape (64,), and thin matrices, all float32."""
 
     def read(self, tensor: Tensor) -> Symbol:
         """An element of a matrix."""
@@ -63,6 +63,17 @@ class Tape:
         """
         self.tensors.append(numbers.float())
         return self.symbol("tile", len(self.tensors) - 1, *shape)
+
+    def add_product(self, symbol: Symbol, left: Tensor, right: Tensor) -> Symbol:
+        """Something plus an element of a product of thin matrices, in float64.
+
+        Args:
+            symbol: what it is added to.
+            left: (R, r), float32; products with `right` and sums of them are exact in float64.
+            right: (r, C), float32.
+        """
+        self.tensors += [left, right]
+        return self.symbol("add_product", symbol.node, len(self.tensors) - 2, len(self.tensors) - 1, left.shape[1])
 
     def symbol(self, operation: str, *operands: int) -> Symbol:
         """The result of an operation."""

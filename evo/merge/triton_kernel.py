@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _EXPRESSIONS = {
     "tile": "tl.load(t{0} + (first_row + row) // {1} * ((n_columns + {2} - 1) // {2}) + column // {2}, "
     "mask=there, other=0.0)",
     "magprune": "magprune(v{0}, v{2}, t{5} + bucket(v{0} * v{1}), {6})",
+    "add_product": "add_product(v{0}, t{1} + (first_row + row) * {3}, t{2} + column, n_columns, there, {3})",
     "add": "v{0} + v{1}",
     "sub": "v{0} - v{1}",
     "mul": "v{0} * v{1}",
@@ -73,7 +75,7 @@ class TritonKernel:
     def __init__(self, nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> None:
         self.is_right: bool | None = None
         self._nodes, self._dtypes = nodes, dtypes
-        self._has_rows = any(operation in ("row", "tile") for operation, *_ in nodes)
+        self._has_rows = any(operation in ("row", "tile", "add_product") for operation, *_ in nodes)
         try:
             with tempfile.TemporaryDirectory(prefix="mergefront-") as folder:  # Triton reads a function from its file
                 file = Path(folder) / "merge_kernel.py"
@@ -148,11 +150,12 @@ def source_of(nodes: Sequence[Node], dtypes: Sequence[torch.dtype]) -> str:
         nodes: operations, the last of which names the result.
         dtypes: of the inputs, then of the result.
     """
-    of = {kind: [node for node in nodes if node[0] == kind] for kind in ("scalar", "row", "tile", "magprune", "noise")}
+    n = Counter(operation for operation, *_ in nodes)
+    n_tables = n["row"] + n["tile"] + n["magprune"] + 2 * n["add_product"]
     names = [f"x{i}" for i in range(len(dtypes) - 1)]
-    names += [f"s{i}" for i in range(len(of["scalar"]))]
-    names += [f"t{i}" for i in range(len(of["row"]) + len(of["tile"]) + len(of["magprune"]))]
-    words = [f"{letter}{d}" for d in range(len(of["noise"])) for letter in "kl"]
+    names += [f"s{i}" for i in range(n["scalar"])]
+    names += [f"t{i}" for i in range(n_tables)]
+    words = [f"{letter}{d}" for d in range(n["noise"]) for letter in "kl"]
     values = [_EXPRESSIONS[operation].format(*operands) for operation, *operands in nodes[:-1]]
     return _SOURCE.format(
         words=words,
@@ -230,6 +233,15 @@ def bucket(x):
 def magprune(tau, noise, table, rescale: tl.constexpr):
     kept = noise < tl.load(table)  # its chance; 1 / chance is 64 numbers later
     return tau * tl.where(kept, tl.load(table + 64) if rescale else 1.0, 0.0)
+
+
+@triton.jit
+def add_product(x, left, right, n_columns, there, rank: tl.constexpr):
+    total = tl.full(x.shape, 0.0, tl.float64)
+    for k in range(rank):  # exact, in whatever order
+        number = tl.load(left + k).to(tl.float64)
+        total += number * tl.load(right + k * n_columns, mask=there, other=0.0).to(tl.float64)
+    return (total + x.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize={words})
