@@ -36,11 +36,12 @@ class Role(StrEnum):
     """The output projection to the vocabulary."""
 
 
+_OF_TOKENS = "embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings"
+_OUTPUT = r"^(model\.)?output\.weight$"
 # Tried in this order; the first match wins. Attention comes before norm, so that q_norm and
 # q_a_layernorm move with the projections they were trained with.
-_OF_TOKENS = "embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings"
 _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
-    (Role.HEAD, r"(^|\.)(lm_head|embed_out|project_out)\.|^(model\.)?output\.weight$"),
+    (Role.HEAD, rf"(^|\.)(lm_head|embed_out|project_out)\.|{_OUTPUT}"),
     (Role.EMBEDDING, rf"(^|\.)({_OF_TOKENS}|wpe)\."),
     (Role.EMBEDDING, r"(^|\.)(embed_positions|embed_tokens_per_layer|per_layer_model_projection|project_in)\."),
     (Role.EMBEDDING, r"(^|\.)altup_(un)?(embed_)?projections\."),
@@ -58,7 +59,7 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _IN_ONE_MATRIX = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
 """Experts one below the other, as in DBRX: no slice along dimension 0 is one, so they are merged alike."""
-_BY_TOKEN = re.compile(rf"(^|\.)(lm_head|embed_out|{_OF_TOKENS})\.weight$")
+_BY_TOKEN = re.compile(rf"(^|\.)(lm_head|embed_out|{_OF_TOKENS})\.weight$|{_OUTPUT}")
 _UNSCORED = re.compile(
     r"(^|\.)(mtp\w*|visual|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector|connector)\."
     r"|(^|\.)(embed_vision|embed_audio|embed_tokens_extend|talker|code2wav|token2wav)\."

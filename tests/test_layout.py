@@ -1,7 +1,7 @@
 import pytest
 
 from evo.checkpoint import Checkpoint
-from search_spaces.layout import Layout, Role, UnknownTensorError, parse_layout
+from search_spaces.layout import Layout, Role, UnknownTensorError, is_by_token, parse_layout
 
 # Names as published: DeepSeek-V3, Qwen2-MoE, Mixtral, GPT-2, Qwen3, and what others call the same.
 PUBLISHED = {
@@ -54,6 +54,23 @@ PUBLISHED = {
 def test_published_names_get_their_place(name, expected):
     (part,) = parse_layout({name: (4, 4)}).parts
     assert part.cell == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.embed_tokens.weight", True),
+        ("transformer.wte.weight", True),
+        ("lm_head.weight", True),
+        ("embed_out.weight", True),  # GPT-NeoX
+        ("output.weight", True),  # InternLM2
+        ("lm_head.bias", False),
+        ("transformer.wpe.weight", False),
+        ("model.layers.0.attention.output.weight", False),
+    ],
+)
+def test_what_has_a_row_for_each_token(name, expected):
+    assert is_by_token(name) == expected
 
 
 @pytest.mark.parametrize(
