@@ -21,19 +21,36 @@ from evo.copies import tied_heads
 from evo.encodings import Entry, TensorHeader
 from evo.encodings.low_rank import MAX_RANK, LowRank, fixed_point
 from evo.encodings.plain import DTYPES
+from search_spaces.layout import Role, is_by_token
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$")
 _FULL = re.compile(r"\.(modules_to_save(\.default)?|base_layer)\.")  # weights that are saved in full
 _MERGE_FIRST = "PeftModel.from_pretrained(BASE, PATH).merge_and_unload().save_pretrained(NEW_PATH)"
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
-"""Values of init_lora_weights with which peft takes a first product off the base's weights."""
+_AS_PLAIN = "save_pretrained(NEW_PATH, path_initial_model_for_weight_conversion=INITIAL_PATH)"
+_CHANGE_THE_BASE = {
+    **dict.fromkeys(("pissa", "olora", "loftq"), f"Merge it into its base first: {_MERGE_FIRST}"),
+    **dict.fromkeys(("corda", "lora_ga"), f"Have peft save the trained model as a plain LoRA first: {_AS_PLAIN}"),
+}
+"""Values of init_lora_weights with which peft takes a first product off the base's weights -> what to do; the first
+product of the latter depends on data, and peft does not find it again.
+"""
 _REFUSED = {
     "use_dora": "DoRA, whose difference is not of low rank",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "an adapter that is active for some tokens only",
+    "arrow_config": "an adapter that chooses among others",
+    "trainable_token_indices": "rows of single tokens",
+    "target_parameters": "differences of parameters that are no layer's weight, such as stacks of experts",
+    "lora_bias": "biases of factors",
+    "use_bdlora": "factors in blocks",
+    "use_qalora": "QA-LoRA, whose factors see sums of inputs",
+    "kasa_config": "KaSA, which changes the base",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
 }
+"""Settings that make an adapter another thing than a product of two factors."""
 
 
 def open_checkpoints(
@@ -127,20 +144,29 @@ class Adapter(Checkpoint):
         plain = key.removeprefix("base_model.model.")
         match = _FACTOR.fullmatch(plain)
         name = f"{match['module']}.weight" if match else _FULL.sub(".", plain)
+        if tied := self._ties(name, as_a_whole=match is None):
+            raise CheckpointError(
+                f"{path}: {key} changes {tied} in {self._base.path}. Merge the adapter into its base first: "
+                f"{_MERGE_FIRST}"
+            )
         if name not in self._base.scored:
             raise CheckpointError(
                 f"{path}: {key} belongs to no tensor of the base {self._base.path}. Expected factors lora_A and lora_B "
                 "of its weights, or weights that replace its own; is this the base that the adapter was trained on?"
             )
-        if name in tied_heads(self._base):
-            raise CheckpointError(
-                f"{path}: {key} changes a head that is tied to the embedding in {self._base.path}. Merge the adapter "
-                f"into its base first: {_MERGE_FIRST}"
-            )
         found, side = (self._factors.setdefault(name, {}), match["side"]) if match else (self._replaced, name)
         if side in found:
             raise CheckpointError(f"{path}: {key} and {found[side]} are about the same weight; expected one of them")
         found[side] = key
+
+    def _ties(self, name: str, *, as_a_whole: bool) -> str | None:
+        """What an adapter would untie by changing a tensor: a tied head, or, if it replaces it, its embedding."""
+        heads = {part.tensor for part in self._base.layout.parts if part.role is Role.HEAD}
+        if heads - tied_heads(self._base).keys() or not is_by_token(name):
+            return None
+        if name in heads or name not in self._base.scored:
+            return "a head that is tied to the embedding"
+        return "an embedding that is tied to the head" if as_a_whole else None
 
     def _find_entries(self) -> dict[str, Entry]:
         return {name: self._entry(name, entry) for name, entry in self._base.entries.items()}
@@ -202,10 +228,11 @@ def _settings(path: Path) -> dict[str, Any]:
                 f"{path / CONFIG_FILE}: {key}: {what}, cannot be merged as an adapter. Merge it into its base first: "
                 f"{_MERGE_FIRST}"
             )
-    if str(settings.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+    first = str(settings.get("init_lora_weights")).lower()
+    if what_to_do := next((todo for name, todo in _CHANGE_THE_BASE.items() if first.startswith(name)), None):
         raise CheckpointError(
-            f"{path / CONFIG_FILE}: init_lora_weights {settings['init_lora_weights']!r} changes the base, so the "
-            f"difference is not the product alone. Merge it into its base first: {_MERGE_FIRST}"
+            f"{path / CONFIG_FILE}: init_lora_weights {first!r} changes the base, so the difference is not the product "
+            f"alone. {what_to_do}"
         )
     return settings
 

@@ -206,6 +206,10 @@ class Checkpoint:
         said = self.settings().get("tie_word_embeddings")
         return None if said is None else bool(said)
 
+    def weight_files(self) -> list[Path]:
+        """The files that its tensors are in."""
+        return [self.path / name for name in sorted(set(self.weight_map.values()))]
+
     def companions(self) -> list[Path]:
         """Files besides the weights that a child gets: the interface files, and code where one of them names some
         (`auto_map`): whoever trusts it has it loaded from the child's folder. It is never run here.

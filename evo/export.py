@@ -132,10 +132,11 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: if a parent cannot be read, or holds NaN or Inf.
-        ExportError: if the disk is full.
+        ExportError: if the disk is full, or a parent changed while it was merged.
     """
     out = out.resolve()  # a link stays one
     _check_room(sources[recipe.interface], out)
+    stamps = {file: _stamp(file) for source in sources.values() for file in source.weight_files()}
     with _told_of_the_disk(out), beside(out, replace=force) as folder, _spared_the_collector():
         interface, rounding = sources[recipe.interface], Rounding()
         hashes = write_weights(Materializer(sources).stretches(recipe, rounding), interface, folder)
@@ -146,6 +147,20 @@ def write_checkpoint(
         if rounding.errors:
             with (folder / "README.md").open("a") as card:
                 card.write(f"\n## Rounding\n\n{rounding.summary()}\n")
+        if changed := [str(file) for file, stamp in stamps.items() if _stamp(file) != stamp]:
+            raise ExportError(
+                f"{changed[0]} has been written to, or replaced, while it was merged, so nothing of {out} is left. "
+                "Merge again once it stays as it is."
+            )
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What shows that a file has been written to or replaced; None if it is not there."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _check_room(interface: Checkpoint, out: Path) -> None:

@@ -64,11 +64,10 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def _replace(out: Path, folder: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.rename(old / "was")
     try:
+        out.rename(old / "was")
         folder.rename(out)
-    except OSError:
-        (old / "was").rename(out)
-        raise
-    finally:
+    finally:  # also if it is interrupted between the two
+        if not out.exists():
+            (old / "was").rename(out)
         shutil.rmtree(old, ignore_errors=True)

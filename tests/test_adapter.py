@@ -219,6 +219,9 @@ class TestRefused:
             ({"lora_alpha": math.nan}, "expected a finite number lora_alpha"),
             ({"layer_replication": [[0, 2]]}, "replicated layers"),
             ({"init_lora_weights": "pissa_niter_4"}, "changes the base.*merge_and_unload"),
+            ({"init_lora_weights": "lora_ga"}, "changes the base.*path_initial_model_for_weight_conversion"),
+            ({"trainable_token_indices": [3]}, "rows of single tokens.*merge_and_unload"),
+            ({"target_parameters": ["mlp.experts.down_proj"]}, "stacks of experts.*merge_and_unload"),
             ({"rank_pattern": {"*": 4}}, "no pattern for names"),
         ],
     )
@@ -258,11 +261,21 @@ class TestRefused:
         with pytest.raises(CheckpointError, match="about the same weight"):
             read(base, make_adapter(tmp_path / "lora", base, 1, extra=extra))
 
-    @pytest.mark.parametrize("key", ["lm_head.weight", "lm_head.lora_A.weight"])
-    def test_a_head_that_is_tied_and_stored(self, key, tmp_path):
-        base = store_head(make_checkpoint(tmp_path / "tied", "llama_tied", 0), tmp_path / "base")
+    @pytest.mark.parametrize("stored", [True, False])
+    @pytest.mark.parametrize(
+        ("key", "match"),
+        [
+            ("lm_head.weight", "a head that is tied to the embedding"),
+            ("lm_head.lora_A.weight", "a head that is tied to the embedding"),
+            ("model.embed_tokens.modules_to_save.weight", "an embedding that is tied to the head"),
+        ],
+    )
+    def test_one_of_two_that_are_tied(self, key, match, stored, tmp_path):
+        """Of such an embedding peft's merge_and_unload makes a model that is not tied."""
+        base = make_checkpoint(tmp_path / "tied", "llama_tied", 0)
+        base = store_head(base, tmp_path / "base") if stored else base
         extra = {f"base_model.model.{key}": torch.zeros(22, 32)}
-        with pytest.raises(CheckpointError, match="tied to the embedding"):
+        with pytest.raises(CheckpointError, match=f"changes {match}.*merge_and_unload"):
             read(base, make_adapter(tmp_path / "lora", base, 1, extra=extra, target_modules=["q_proj"]))
 
     def test_as_the_interface(self, base, tmp_path):

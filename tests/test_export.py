@@ -21,6 +21,7 @@ from evo.accounting import ACCOUNTING_FILE
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.export import ExportError, write_checkpoint
 from evo.in_place import beside
+from evo.materializer import Materializer
 from evo.merge import METHODS, get_method, kernels
 from evo.merge_file import RecipeError, merge
 from search_spaces.layout import Role
@@ -365,20 +366,46 @@ class TestBadInput:
         assert "Traceback" not in done.stderr
         assert self.left(tmp_path) == []
 
-    def test_what_was_there_survives_a_failed_replacement(self, moe_parents, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize("moved", ["old", "new"])
+    @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+    def test_what_was_there_survives_a_failed_replacement(self, moe_parents, tmp_path, monkeypatch, error, moved, when):
         file, out = write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5})), tmp_path / "out"
         merge(file, out)
         before, rename = hashes(out), Path.rename
+        merge(write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.25})), tmp_path / "other")
+        new = hashes(tmp_path / "other")
+        shutil.rmtree(tmp_path / "other")
 
         def fail(self, target):
-            if Path(target) == out and self.name != "was":
-                raise OSError(5, "Input/output error")
-            return rename(self, target)
+            concerned = Path(target).name == "was" if moved == "old" else Path(target) == out and self.name != "was"
+            if concerned and when == "before":
+                raise error
+            rename(self, target)
+            if concerned:
+                raise error
 
         monkeypatch.setattr(Path, "rename", fail)
-        with pytest.raises(ExportError, match="Input/output error"):
+        with pytest.raises((ExportError, KeyboardInterrupt)):
             merge(file, out, force=True)
-        assert hashes(out) == before and self.left(tmp_path) == ["out"]
+        assert hashes(out) == (new if (moved, when) == ("new", "after") else before)
+        assert self.left(tmp_path) == ["out"]
+
+    def test_a_parent_that_is_replaced_in_the_middle(self, moe_parents, tmp_path, monkeypatch):
+        parents = {name: shutil.copytree(path, tmp_path / name) for name, path in moe_parents.items()}
+        stretches, file = Materializer.stretches, max(parents["a"].glob("*.safetensors"))
+
+        def replacing(self, *args):
+            for i, found in enumerate(stretches(self, *args)):
+                if i == 3:
+                    shutil.copyfile(moe_parents["b"] / file.name, file)
+                yield found
+
+        monkeypatch.setattr(Materializer, "stretches", replacing)
+        (tmp_path / "new").mkdir()
+        with pytest.raises(ExportError, match=rf"{file} has been written to, or replaced, while it was"):
+            merge(write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5})), tmp_path / "new" / "out")
+        assert list((tmp_path / "new").iterdir()) == []
 
     def test_nothing_is_ever_unpickled(self, moe_parents, tmp_path):
         """The weights of a parent are a pickle that would make a file if it were loaded."""

@@ -333,6 +333,11 @@ class TestWriter:
             ((Rule("slerp", {"a": 0.5, "b": 0.5}),), "takes two models"),
             ((Rule("sce", {"a": 0.5, "b": 1.0}),), "no weights"),
             ((Rule("karcher", {"a": 0.5}, blocks=(0,)),), "alike"),
+            ((Rule("slerp", {"a": 0.5, "base": 0.3}),), "leaves out a donor that is the base"),
+            ((Rule("dare_linear", {"a": 0.5, "base": 0.5}, knobs={"normalize": 1.0}),), "donor that is the base"),
+            ((Rule("model_stock", {"a": 1.0}),), "two models or more"),
+            ((Rule("della", {"a": 0.5}, knobs={"density": 0.1, "epsilon": 0.2}),), "between epsilon and 1 - epsilon"),
+            ((Rule("della_linear", {"a": 0.5}, knobs={"density": 0.95, "epsilon": 0.15}),), "a's is 0.95"),
         ],
     )
     def test_what_mergekit_has_no_words_for(self, models, rules, words):

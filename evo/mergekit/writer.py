@@ -176,6 +176,8 @@ def _say(context: _Context, rule: Rule | None) -> _Tensor:
     if rule is None:
         rule = Rule(context.method, dict.fromkeys(context.donors, 0.0), knobs={"origin": float(context.seen_from_base)}
                     if context.method in ("nuslerp", "multislerp") else {})  # fmt: skip
+    if context.base in rule.coefficients and context.method not in ("linear", "passthrough"):
+        raise CannotSayError(f"mergekit's {context.method} leaves out a donor that is the base")
     coefficients = {name: rule.coefficients.get(name, 0.0) for name in context.donors}
     arguments = get_method(rule.method).arguments(rule.knobs, tuple(rule.coefficients))
     per_donor = {
@@ -196,6 +198,13 @@ def _sparse(context: _Context, c: Mapping[str, float], knobs: Mapping[str, float
         name: {"weight": w, **{knob: values[name] for knob, values in per_donor.items() if name in values}}
         for name, w in c.items()
     }
+    for name, epsilon in per_donor.get("epsilon", {}).items():
+        density = per_donor["density"][name]
+        if density < 1.0 and not epsilon < density < 1.0 - epsilon:
+            raise CannotSayError(
+                f"mergekit's {context.method} takes densities between epsilon and 1 - epsilon, and {name}'s is "
+                f"{density:g} with an epsilon of {epsilon:g}"
+            )
     return _Tensor(own, {name: bool(v) if name in ("normalize", "rescale") else v for name, v in knobs.items()})
 
 
@@ -226,6 +235,8 @@ def _whole(context: _Context, c: Mapping[str, float], knobs: Mapping[str, float]
         raise CannotSayError(f"mergekit's {context.method} has no weights: coefficients other than 1 cannot be said")
     if len(c) != 1 and context.method in ("nearswap", "arcee_fusion"):
         raise CannotSayError(f"mergekit's {context.method} takes two models, this recipe has {1 + len(c)}")
+    if len(c) < 2 and context.method == "model_stock":
+        raise CannotSayError("mergekit's model_stock takes a base and two models or more")
     return _Tensor({}, {name: bool(v) if name == "filter_wise" else v for name, v in knobs.items()})
 
 
