@@ -11,7 +11,7 @@ from evo.checkpoint import Checkpoint
 from evo.deltas import parse
 from evo.encodings.fp8_blocks import Fp8Blocks
 from evo.materializer import Materializer
-from evo.merge import METHODS, cpp_loop, get_method, kernels
+from evo.merge import METHODS, Method, base_at_zero, cpp_loop, get_method, kernels
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import as_matrix
 from evo.merge.cpp_loop import find_compiler
@@ -309,3 +309,43 @@ def test_models_and_exports_get_the_same_bits_with_and_without_a_compiler(moe_pa
     streamed = dict(Materializer(checkpoints).stream(recipe))
     for name, tensor in on_tensors.items():
         assert torch.equal(slots[name], tensor) and torch.equal(streamed[name], tensor), name
+
+
+def by(merge):
+    """A merge of random matrices with a method of somebody's own."""
+    return replace(part_merge("linear"), method=Method(merge, copy_of=base_at_zero))
+
+
+NOT_RECORDED = {
+    "equal elements": lambda donors, base, c: base + donors[1] * (donors[0] == base) * c[1],
+    "unequal elements": lambda donors, base, c: base + donors[1] * (donors[0] != base) * c[1],
+    "an operator for comparisons": lambda donors, base, c: base + donors[1] * (donors[0] > base) * c[1],
+    "an argument by name": lambda donors, base, c: base.add(donors[1], alpha=c[1]),
+    "a function of torch": lambda donors, base, c: torch.where(donors[0] == base, donors[0], base) * c[0],
+    "a branch on elements": lambda donors, base, c: base if (donors[0] - base).sum() else donors[0],
+    "what it was given": lambda donors, base, c: torch.stack(list(donors)).amax(0),
+}
+
+
+@pytest.mark.parametrize("merge", NOT_RECORDED.values(), ids=NOT_RECORDED)
+def test_what_cannot_be_recorded_runs_on_tensors(monkeypatch, merge):
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
+    one = by(merge)
+    assert one.compiled() is None
+    floats, base = [donor.float() for donor in one.donors], one.base.float()
+    whole = (slice(0, 37), slice(0, 1031))
+    assert torch.equal(one.block(whole), merge(floats, base, one.coefficients))
+
+
+@pytest.mark.parametrize(
+    ("merge", "got"),
+    [
+        (lambda donors, base, c: base.sum(1, keepdim=True), r"torch.float32 \[37, 1\]"),
+        (lambda donors, base, c: base.reshape(-1), r"torch.float32 \[38147\]"),
+        (lambda donors, base, c: base.double(), r"torch.float64 \[37, 1031\]"),
+        (lambda donors, base, c: None, "NoneType"),
+    ],
+)
+def test_a_method_that_returns_something_else(merge, got):
+    with pytest.raises(TypeError, match=rf"<lambda>: expected a float32 tensor \[37, 1031\], like the base, got {got}"):
+        by(merge).block((slice(0, 37), slice(0, 1031)))

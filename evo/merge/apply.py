@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evo.merge import Method, kernels
@@ -48,7 +49,15 @@ class PartMerge:
         if self.method.random:
             arguments["noise"] = [self._noise(key, block) for key in self.keys]
         floats = [donor[block].float() for donor in self.donors]
-        return self.method.merge(floats, self.base[block].float(), self.coefficients, **arguments)
+        base = self.base[block].float()
+        merged = self.method.merge(floats, base, self.coefficients, **arguments)
+        if not isinstance(merged, Tensor) or (merged.shape, merged.dtype) != (base.shape, torch.float32):
+            got = f"{merged.dtype} {list(merged.shape)}" if isinstance(merged, Tensor) else type(merged).__name__
+            name = self.method.merge.__name__
+            raise TypeError(
+                f"merge method {name}: expected a float32 tensor {list(base.shape)}, like the base, got {got}"
+            )
+        return merged
 
     def compiled(self) -> Fused | None:
         """The compiled loop that does the same, if there is one and it has the same bits."""

@@ -266,7 +266,15 @@ def record(
     tape = Tape()
     base, *donors = (symbol_of(operand, tape) for operand in operands)
     noise = {"noise": [tape.symbol("noise", d) for d in range(len(donors))]} if method.random else {}
-    return tape, tape.key(method.merge(donors, base, coefficients, **arguments, **noise))
+    try:
+        merged = method.merge(donors, base, coefficients, **arguments, **noise)
+    except Untraceable:
+        raise
+    except Exception as error:  # of a method that is wrong, or of one that does to a tensor what no symbol can
+        raise Untraceable(f"cannot record this merge ({type(error).__name__}: {error})") from error
+    if not isinstance(merged, Symbol):
+        raise Untraceable(f"cannot record a merge that returns {type(merged).__name__}")
+    return tape, tape.key(merged)
 
 
 def symbol_of(operand: Operand, tape: Tape) -> Symbol:

@@ -109,6 +109,13 @@ class Symbol:
     def __getattr__(self, name: str) -> Any:
         raise Untraceable(f"cannot record Tensor.{name}")
 
+    def _no_answer(self, *_: object) -> bool:
+        """Of all elements at once: Python would take what it knows of any object for one."""
+        raise Untraceable("cannot record a comparison with an operator, or what Python does for either answer")
+
+    __bool__ = __eq__ = __ne__ = _no_answer  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
     def clamp(self, low: float, high: float) -> Symbol:
         """Numbers below `low` or above `high` replaced by these."""
         return self.clamp_min(low).clamp_max(high)  # type: ignore[no-any-return]
