@@ -63,6 +63,15 @@ def common_rows(checkpoints: Mapping[str, Checkpoint]) -> dict[str, CommonRows]:
     return found
 
 
+def n_padded(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding behind those that the tokenizer has tokens for; 0 where there is no fast tokenizer."""
+    vocabulary = read_vocabulary(checkpoint.path)
+    if not vocabulary:
+        return 0
+    heights = [entry.shape[0] for name, entry in checkpoint.scored.items() if is_by_token(name)]
+    return max([0, *(height - max(vocabulary.values()) - 1 for height in heights)])
+
+
 def _foreign_ids(checkpoints: Mapping[str, Checkpoint]) -> list[int]:
     """Ids of tokens that some source does not know."""
     vocabularies = [v for c in checkpoints.values() if (v := read_vocabulary(c.path)) is not None]

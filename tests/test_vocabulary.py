@@ -15,9 +15,11 @@ from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
+from evo.merge_file import merge
+from evo.mergekit.writer import write_mergekit
 from evo.shards import Shard
 from fitness.engines.transformers import TransformersEngine
-from search_spaces.recipe import Recipe, Rule
+from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import VOCABULARY, make_checkpoint
 from tests.encoding import files_of
 from tests.test_materializer import sources_of
@@ -143,3 +145,20 @@ def test_a_row_that_one_parent_has_no_token_for_is_the_interfaces(folders, tmp_p
     for name in BY_TOKEN:
         equal = (merged[name] == taught[name]).all(1)
         assert equal.nonzero().flatten().tolist() == [N + 2]
+
+
+def test_padding_that_mergekit_cuts_off_is_said(folders, tmp_path):
+    """Where its file names a tokenizer: then it makes embeddings of its own, with a row for each token."""
+    parents = {"base": grow(folders["small"], tmp_path / "base", N + 10), "a": folders["padded"]}
+    models = "".join(f"- {{model: {path}}}\n" for path in parents.values())
+    text = f"merge_method: linear\nparameters: {{weight: 0.5}}\nmodels:\n{models}"
+    (tmp_path / "recipe.yaml").write_text(text)
+    said = "mergekit cuts off the 10 rows"
+    assert not any(said in line for line in merge(tmp_path / "recipe.yaml", tmp_path / "out").lines)
+    (tmp_path / "recipe.yaml").write_text(f"{text}tokenizer_source: base\n")
+    told = merge(tmp_path / "recipe.yaml", tmp_path / "out", force=True)
+    assert any(f"tokenizer_source: {said}" in line for line in told.lines)
+    named = {name: Source(str(path)) for name, path in parents.items()}
+    recipe = Recipe(named, "base", "a", (Rule("ties", {"a": 0.5}),))
+    _, notes = write_mergekit(recipe, {name: Checkpoint.open(path) for name, path in parents.items()})
+    assert any("tokenizer_source cuts off the 10 rows" in note for note in notes)

@@ -62,6 +62,8 @@ class Document:
         """Name -> model as the file has it."""
         self.places: dict[str, Place] = {}
         """Name -> where the file names it first."""
+        self.tokenizer: str | None = None
+        """The key that says whose tokenizer the result has."""
         self.method: str = _known_method(data["merge_method"])
         self.dialect: Dialect = DIALECTS[self.method]
         self._note_unknown(data, _KEYS, ())
@@ -233,10 +235,11 @@ class Document:
                 raise MergekitError(place, "only {source: MODEL} is read here, which is tokenizer_source: MODEL; "
                                     "vocabularies must be equal already")  # fmt: skip
             source = tokenizer.get("source")
+        self.tokenizer = None if source is None else place[0]
         if data.get("chat_template"):
             raise MergekitError(("chat_template",), "not here; edit chat_template.jinja in the result instead")
         if source == "union":
-            self.notes.append(f"{place[0]}: union is read as base: of equal vocabularies it is the same")
+            self.notes.append(f"{place[0]}: union is read as base: the same for equal vocabularies, but for padding")
         return default if source in (None, "base", "union") else self._name(source, place)
 
     def _dtype(self, data: Mapping[str, Any]) -> tuple[str, Place] | None:

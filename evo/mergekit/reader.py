@@ -13,6 +13,7 @@ from evo.merge import get_method
 from evo.mergekit.document import Document, Parameters, Slice
 from evo.mergekit.methods import CannotSayError, Merge
 from evo.mergekit.settings import MergekitError, Place, evaluate, idle
+from evo.vocabulary import n_padded
 from search_spaces.layout import Layout, Part, Role
 from search_spaces.recipe import Recipe, Rule, Source, assign
 
@@ -40,6 +41,10 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
             where, f"the slices end at layer {layers[1]}, the models at {layout.n_blocks}: layers are neither left out "
             "nor repeated here",
         )  # fmt: skip
+    if document.tokenizer and (n := n_padded(sources[document.interface])):
+        document.notes.append(
+            f"{document.tokenizer}: mergekit cuts off the {n} rows of the embedding that no token has"
+        )
     _note_idle_filters(document, [part.tensor for part in layout.parts])
     tensors = [_Tensor(part, _say(document, part, layout.n_blocks)) for part in layout.parts]
     return Recipe(named, document.origin, document.interface, _rules(tensors, layout))

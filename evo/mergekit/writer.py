@@ -15,7 +15,7 @@ from evo.copies import tied_heads
 from evo.encodings.plain import Plain
 from evo.merge import get_method
 from evo.mergekit.methods import CannotSayError
-from evo.vocabulary import common_rows
+from evo.vocabulary import common_rows, n_padded
 from search_spaces.recipe import Recipe, Rule
 
 __all__ = ["MERGEKIT_FILE", "CannotSayError", "write_mergekit"]
@@ -66,6 +66,8 @@ def write_mergekit(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> tuple[s
         notes.append(
             "mergekit draws random masks of its own, and rescales by one factor a tensor: not the same weights"
         )
+    if "tokenizer_source" in data and (n := n_padded(sources[recipe.interface])):
+        notes.append(f"mergekit's tokenizer_source cuts off the {n} rows of the embedding that no token has")
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110), notes
 
 
