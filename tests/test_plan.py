@@ -22,7 +22,7 @@ from evo.planning.ranks import Share, rank_table, shares
 from evo.planning.sources import Sources
 from evo.planning.times import search_seconds
 from evo.residency import Residency
-from fitness.engines.columns import Columns
+from fitness.engines.columns import Columns, cache_name
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import make_checkpoint
 from tests.encoding import to_fp8
@@ -156,12 +156,12 @@ def test_bytes_are_those_of_the_real_model_cache_and_files(tmp_path, config):
     prompt, answer, rows = 5, 64, 3
     cache = Columns(rows)
     cache.join(rows, prompt)
-    model(input_ids=torch.ones(rows, prompt, dtype=torch.long), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.ones(rows, prompt, dtype=torch.long), **{cache_name(model): cache}, use_cache=True)
     for n in range(prompt, prompt + answer - 1):
         cache.step(n)
         at = torch.full((rows, 1), n)
         mask = torch.ones(rows, n + 1)
-        model(input_ids=at % 2, position_ids=at, attention_mask=mask, past_key_values=cache, use_cache=True)
+        model(input_ids=at % 2, position_ids=at, attention_mask=mask, **{cache_name(model): cache}, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert rows * cache_row_bytes(AutoConfig.from_pretrained(folder).to_dict(), prompt, answer, 2) == held
 

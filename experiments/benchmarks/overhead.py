@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from evo.checkpoint import Checkpoint
 from evo.ledger import Ledger
 from evo.materializer import Materializer
+from fitness.engines.columns import cache_name
 from fitness.engines.transformers import find_slots
 from fitness.types import Split
 
@@ -66,7 +67,7 @@ def of_large() -> dict[str, Any]:
         cache, token = DynamicCache(config=config), torch.full((ROWS, 1), 7)
         for _ in range(STEPS + 1):
             start = time.perf_counter()
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, **{cache_name(model): cache}, use_cache=True)
             steps.append(time.perf_counter() - start)
     write, step = min(writes[1:]), min(steps[1:])
     return {

@@ -10,6 +10,7 @@ Shapes: B rows, H heads, C columns, D head size. Knows nothing of tokens.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -188,4 +189,9 @@ def token_bytes(model: Any) -> int:
 def _read_one(model: Any, cache: DynamicCache) -> None:
     """Have a model put what it remembers of one token into a cache."""
     one = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=one, **{cache_name(model): cache}, use_cache=True, logits_to_keep=1)
+
+
+def cache_name(model: Any) -> str:
+    """What the argument is called that takes a cache: transformers renamed it after 5.19."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from fitness.engines.columns import Columns, KeysAndValues, token_bytes
+from fitness.engines.columns import Columns, KeysAndValues, cache_name, token_bytes
 from fitness.engines.levels import LEAST_TOKENS, Levels, lowest_level
 from fitness.engines.sampling import Sampler
 
@@ -65,7 +65,7 @@ class Decoder:
         step: Callable[..., Any] | None = None,
     ) -> None:
         self._model, self._sampler, self._stop_ids, self._stops, self._refill = model, sampler, stop_ids, stops, refill
-        self._one_more = step or model
+        self._one_more, self._cache_name = step or model, cache_name(model)
         self._token_bytes = 0  # of keys and values; looked for when it is needed
 
     @torch.inference_mode()
@@ -147,7 +147,7 @@ class Decoder:
         return self._forward(self._one_more, cache, **inputs)
 
     def _forward(self, model: Callable[..., Any], cache: Any, **inputs: Tensor) -> Tensor:
-        logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = model(**inputs, **{self._cache_name: cache}, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]  # (B, V)
 
     def _write(self, batch: _Batch, logits: Tensor, rows: slice) -> list[int]:
