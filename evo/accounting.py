@@ -17,6 +17,7 @@ from evo.checkpoint import Checkpoint
 from evo.copies import tied_heads, unscored_copies
 from evo.merge import get_method
 from evo.vocabulary import common_rows
+from search_spaces.layout import Part
 from search_spaces.recipe import Recipe, Rule
 
 ACCOUNTING_FILE = "accounting.json"
@@ -27,7 +28,7 @@ class How(StrEnum):
 
     MERGED = "merged"
     COPIED = "copied"
-    """A rule gives it to one source: its bits."""
+    """A rule gives it to one source, or its method does once it has measured the sources: its bits."""
     PASSED_THROUGH = "passed through"
     """No rule selects it: the base's bits."""
     UNSCORED = "unscored"
@@ -56,10 +57,17 @@ class Account:
         return cls(hows.pop() if len(hows) == 1 and len(sources) == 1 else mixed, sources, methods, rules)
 
 
-def account(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> dict[str, Account]:
+def account(
+    recipe: Recipe, sources: Mapping[str, Checkpoint], copied: Mapping[Part, str] | None = None
+) -> dict[str, Account]:
     """Tensor of the merged checkpoint's files -> its account.
 
     They are those of the interface parent; a tensor that is stored as several (FP8) has one account for each.
+
+    Args:
+        recipe: what was built.
+        sources: name -> checkpoint.
+        copied: parts of which a look at their numbers made copies -> whose (see Method.copy_once_measured).
     """
     interface = sources[recipe.interface]
     position = {id(rule): i for i, rule in enumerate(recipe.rules)}
@@ -67,7 +75,10 @@ def account(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> dict[str, Acco
     passed = Account(How.PASSED_THROUGH, (recipe.base,))
     found: dict[str, list[Account]] = {}
     for part, rule in recipe.assign(interface.layout).items():
-        found.setdefault(part.tensor, []).append(passed if rule is None else by_rule[position[id(rule)]])
+        of = passed if rule is None else by_rule[position[id(rule)]]
+        if copied and part in copied:
+            of = replace(of, how=How.COPIED, sources=(copied[part],))
+        found.setdefault(part.tensor, []).append(of)
     accounts = {name: Account.joined(of) for name, of in found.items()}
     for name in common_rows(sources):
         accounts[name] = _completed(accounts[name], recipe.interface)

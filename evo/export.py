@@ -11,8 +11,8 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,33 @@ class Told:
 
     files: dict[str, str]
     """Name -> text."""
-    lines: tuple[str, ...]
-    accounts: dict[str, Account]
+    of_recipe: tuple[str, ...]
+    of_mergekit: tuple[str, ...]
+    accounts: dict[str, Account] = field(default_factory=dict)
+    """Of the tensors, once they are written."""
 
     @classmethod
-    def of(cls, recipe: Recipe, sources: dict[str, Checkpoint]) -> Told:
-        """The recipe, in our words and if possible in mergekit's, and where its tensors come from."""
-        accounts = account(recipe, sources)
+    def of(cls, recipe: Recipe, sources: dict[str, Checkpoint], notes: Sequence[str] = ()) -> Told:
+        """The recipe, in our words and if possible in mergekit's.
+
+        Args:
+            recipe: what is built.
+            sources: name -> checkpoint.
+            notes: what else is to be said.
+        """
         said = replace(recipe, vocabulary="common") if common_rows(sources) else recipe
-        files, lines = {"recipe.yaml": said.to_yaml()}, [summary(accounts)]
+        files, of_mergekit = {"recipe.yaml": said.to_yaml()}, list[str]()
         try:
-            files[MERGEKIT_FILE], notes = write_mergekit(recipe, sources)
-            lines += [f"{MERGEKIT_FILE}: {note}" for note in notes]
+            files[MERGEKIT_FILE], found = write_mergekit(recipe, sources)
+            of_mergekit += [f"{MERGEKIT_FILE}: {note}" for note in found]
         except CannotSayError as error:
-            lines.append(f"no {MERGEKIT_FILE}: {error}")
-        return cls(files, tuple(lines), accounts)
+            of_mergekit.append(f"no {MERGEKIT_FILE}: {error}")
+        return cls(files, tuple(notes), tuple(of_mergekit))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """For the terminal."""
+        return (*self.of_recipe, summary(self.accounts), *self.of_mergekit)
 
 
 def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
@@ -88,9 +100,9 @@ def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
         _check_unchanged(config, ledger.meta("digests"))
         recipe = row.ask.recipe_in(lambda: build_space(config, sources, ledger.meta("digests")))
     told = Told.of(recipe, sources)
-    files = {**told.files, "README.md": model_card(row, recipe, front, config, told.lines, caveat)}
-    write_checkpoint(recipe, sources, out, files, told.accounts, force=force)
-    return told
+    return write_checkpoint(
+        recipe, sources, out, told, lambda lines: model_card(row, recipe, front, config, lines, caveat), force=force
+    )
 
 
 def check_target(out: Path, inputs: list[Path], force: bool) -> None:
@@ -115,20 +127,23 @@ def write_checkpoint(
     recipe: Recipe,
     sources: dict[str, Checkpoint],
     out: Path,
-    extra_files: dict[str, str],
-    accounts: dict[str, Account] | None = None,
+    told: Told | None = None,
+    card: Callable[[tuple[str, ...]], str] | None = None,
     *,
     force: bool = False,
-) -> None:
+) -> Told:
     """Write a recipe's checkpoint, whole or not at all.
 
     Args:
         recipe: what to build.
         sources: name -> checkpoint.
         out: the new checkpoint's folder.
-        extra_files: name -> text of files beside the weights.
-        accounts: what `account` says of the recipe, if it has been asked already.
+        told: what is said of it besides; None for nothing but accounting.json.
+        card: README.md, of the lines that the terminal gets.
         force: replace `out` if it is not empty.
+
+    Returns:
+        what is to be said of it.
 
     Raises:
         CheckpointError: if a parent cannot be read, or holds NaN or Inf.
@@ -139,19 +154,24 @@ def write_checkpoint(
     stamps = {file: _stamp(file) for source in sources.values() for file in source.weight_files()}
     with _told_of_the_disk(out), beside(out, replace=force) as folder, _spared_the_collector():
         interface, rounding = sources[recipe.interface], Rounding()
-        hashes = write_weights(Materializer(sources).stretches(recipe, rounding), interface, folder)
+        materializer = Materializer(sources)
+        hashes = write_weights(materializer.stretches(recipe, rounding), interface, folder)
         _copy_interface(interface, folder)
-        (folder / ACCOUNTING_FILE).write_text(to_json(accounts or account(recipe, sources), hashes))
-        for name, text in extra_files.items():
+        told = replace(told or Told({}, (), ()), accounts=account(recipe, sources, materializer.copied))
+        (folder / ACCOUNTING_FILE).write_text(to_json(told.accounts, hashes))
+        for name, text in told.files.items():
             (folder / name).write_text(text)
+        if card:
+            (folder / "README.md").write_text(card(told.lines))
         if rounding.errors:
-            with (folder / "README.md").open("a") as card:
-                card.write(f"\n## Rounding\n\n{rounding.summary()}\n")
+            with (folder / "README.md").open("a") as readme:
+                readme.write(f"\n## Rounding\n\n{rounding.summary()}\n")
         if changed := [str(file) for file, stamp in stamps.items() if _stamp(file) != stamp]:
             raise ExportError(
                 f"{changed[0]} has been written to, or replaced, while it was merged, so nothing of {out} is left. "
                 "Merge again once it stays as it is."
             )
+    return told
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

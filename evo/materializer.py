@@ -163,6 +163,11 @@ class Materializer:
         kept, pinned = kept_bytes(found)
         return int(kept * share), int(pinned * share)
 
+    @property
+    def copied(self) -> Mapping[Part, str]:
+        """Parts that were copied once they had been measured -> whose bits they have."""
+        return self._merger.copied
+
     @torch.no_grad()
     def feed(self, recipe: Mapping[str, Any], load: Callable[[Iterator[tuple[str, Tensor]]], object]) -> UpdateReport:
         """Hand the tensors of the merged checkpoint, one at a time, to an engine that has no slots and loads by itself.

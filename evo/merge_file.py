@@ -62,12 +62,9 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
         return found
 
     recipe, sources, notes = read(file, lines, data, opened)
-    told = Told.of(recipe, sources)
-    notes += differing_settings(sources, recipe.interface)
-    told = replace(told, lines=(*notes, *_idle_rules(recipe, sources), *told.lines))
-    files = {**told.files, "README.md": merge_card(recipe, out.name, told.lines)}
-    write_checkpoint(recipe, sources, out, files, told.accounts, force=force)
-    return told
+    notes += [*differing_settings(sources, recipe.interface), *_idle_rules(recipe, sources)]
+    told = Told.of(recipe, sources, notes)
+    return write_checkpoint(recipe, sources, out, told, lambda lines: merge_card(recipe, out.name, lines), force=force)
 
 
 def _idle_rules(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> list[str]:

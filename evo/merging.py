@@ -45,6 +45,8 @@ class Merger:
     ) -> None:
         self._like, self._reader, self._common, self._deltas = like, reader, common, deltas
         self.measured = Measured()
+        self.copied: dict[Part, str] = {}
+        """Parts of which a look at their numbers made copies -> whose."""
         self.n_compiled = 0
         """Parts, or regions of them, that a compiled loop has made."""
 
@@ -139,7 +141,9 @@ class Merger:
         stats = self.measured.of(part, job, device, self._whole(part, job, device) if region else operands.__getitem__)
         if method.copy_once_measured:
             copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
+            self.copied.pop(part, None)
             if copied is not None:
+                self.copied[part] = job.sources[copied]
                 return source(copied).as_output(CHUNK_ELEMENTS)
         arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
         keys = self._noise_keys(part, job) if method.random else ()

@@ -142,7 +142,7 @@ def test_two_adapters_merge_like_task_vectors(base, encoding, tmp_path):
     check_compatible(sources)
     rule = Rule("task_arithmetic", {"a": 0.5, "b": 0.25})
     recipe = Recipe(sources_of(folders), "base", "base", (rule,))
-    write_checkpoint(recipe, sources, tmp_path / "out", {})
+    write_checkpoint(recipe, sources, tmp_path / "out")
     merged, start = values_in(tmp_path / "out"), values_in(base)
     a, b = (expected_of(base, folders[name], lambda module: 1.5) for name in "ab")
     for name, value in merged.items():

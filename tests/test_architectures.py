@@ -91,7 +91,7 @@ def write_and_load(parents, out):
     check_compatible(checkpoints)
     model = load_model(str(parents["a"]), torch.float32)
     Materializer(checkpoints, find_slots(model)).write(recipe.to_dict())
-    write_checkpoint(recipe, checkpoints, out, {})
+    write_checkpoint(recipe, checkpoints, out)
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     return model.state_dict(), loaded.state_dict(), load_file(out / "model.safetensors")
 
@@ -146,7 +146,7 @@ def test_models_that_see_answer_text(kind, tmp_path):
     engine = TransformersEngine(str(parents["a"]), dtype="float32", device="cpu", batch_size=3)
     engine.host("evo.materializer:Materializer.hosted", sources={name: str(path) for name, path in parents.items()})
     engine.update(recipe.to_dict())
-    write_checkpoint(recipe, checkpoints, tmp_path / "out", {})
+    write_checkpoint(recipe, checkpoints, tmp_path / "out")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
     resident = engine._model.state_dict()
     assert all(torch.equal(resident[name], tensor) for name, tensor in loaded.state_dict().items())

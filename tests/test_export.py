@@ -27,7 +27,7 @@ from evo.merge_file import RecipeError, merge
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import VOCABULARY, make_checkpoint
-from tests.encoding import to_fp8
+from tests.encoding import files_of, to_fp8
 from tests.packing import pack, store_head
 from tests.test_adapter import TARGETS, make_adapter
 from tests.test_unscored import MTP, with_mtp
@@ -44,8 +44,7 @@ def hashes(folder: Path) -> dict[str, str]:
     """Tensor -> BLAKE3 of its bytes, by safetensors and blake3 alone."""
     return {
         name: blake3(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
+        for name, tensor in files_of(folder).items()
     }
 
 
@@ -102,6 +101,23 @@ def test_every_tensor_is_accounted_for_and_nothing_else_changes(parents, tmp_pat
         assert line.startswith(f"{len(found)} tensors: ") and f"{counts['copied']} copied from a" in line
         assert f"{counts['passed through']} passed through from base" in line
     assert accounting["summary"] in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_tensors_that_a_method_leaves_as_they_are_are_copies(parents, tmp_path):
+    """Assembly of Experts merges those that differ by more than delta."""
+    values = {name: {k: t.double() for k, t in files_of(path).items()} for name, path in parents.items()}
+    distances = {k: (values["a"][k] - t).square().mean().sqrt().item() for k, t in values["base"].items()}
+    delta = sorted(distances.values())[len(distances) // 2]
+    rule = Rule("aoe", {"a": 0.5}, knobs={"delta": delta})
+    told = merge(write_recipe(tmp_path, parents, rule), tmp_path / "out")
+    accounting = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())
+    copied = {k for k, t in accounting["tensors"].items() if t["how"] == "copied" and t["sources"] == ["base"]}
+    assert copied == {k for k, distance in distances.items() if distance <= delta} != distances.keys()
+    before, after = hashes(parents["base"]), hashes(tmp_path / "out")
+    assert copied == {k for k in before if after[k] == before[k]}
+    said = f"{len(copied)} copied from base"
+    assert all(said in text for text in (told.lines[0], accounting["summary"]))
+    assert said in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -420,6 +436,6 @@ class TestBadInput:
 def test_hashes_are_of_the_bytes_in_the_files(moe_parents, tmp_path):
     sources = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
     recipe = Recipe({n: Source(str(p)) for n, p in moe_parents.items()}, "a", "a")
-    write_checkpoint(recipe, sources, tmp_path / "out", {})
+    write_checkpoint(recipe, sources, tmp_path / "out")
     accounts = json.loads((tmp_path / "out" / ACCOUNTING_FILE).read_text())["tensors"]
     assert {name: account["blake3"] for name, account in accounts.items()} == hashes(moe_parents["a"])

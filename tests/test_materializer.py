@@ -44,7 +44,7 @@ def engine_of(parents, dtype="float32"):
 
 
 def exported(parents, recipe, out):
-    write_checkpoint(recipe, {n: Checkpoint.open(p) for n, p in parents.items()}, out, {})
+    write_checkpoint(recipe, {n: Checkpoint.open(p) for n, p in parents.items()}, out)
     return out
 
 

@@ -99,7 +99,7 @@ def test_common_rows_are_merged_and_the_others_are_the_interfaces(folders, inter
     parents = {name: folders[name] for name in names}
     rule = Rule(method, {"padded": 0.5, "taught": 0.25}, knobs={"density": 0.5} if method == "ties" else {})
     recipe = Recipe(sources_of(parents), "small", interface, (rule,))
-    write_checkpoint(recipe, opened(folders, *names), tmp_path / "out", {})
+    write_checkpoint(recipe, opened(folders, *names), tmp_path / "out")
     merged, files = files_of(tmp_path / "out"), {name: files_of(path) for name, path in parents.items()}
     for name in BY_TOKEN:
         theirs = files[interface][name]
@@ -140,7 +140,7 @@ def test_a_row_that_one_parent_has_no_token_for_is_the_interfaces(folders, tmp_p
         "taught",
         (Rule("linear", {"taught": 0.5}),),
     )
-    write_checkpoint(recipe, opened(folders, *names), tmp_path / "out", {})
+    write_checkpoint(recipe, opened(folders, *names), tmp_path / "out")
     merged, taught = files_of(tmp_path / "out"), files_of(folders["taught"])
     for name in BY_TOKEN:
         equal = (merged[name] == taught[name]).all(1)

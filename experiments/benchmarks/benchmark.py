@@ -235,7 +235,7 @@ def against_cp(folders: dict[str, Path], work: Path, rounds: int) -> dict[str, f
 
 def export(recipe: Recipe, folders: dict[str, Path], out: Path) -> None:
     """Write a merge from files to files."""
-    write_checkpoint(recipe, {name: Checkpoint.open(path) for name, path in folders.items()}, out, {})
+    write_checkpoint(recipe, {name: Checkpoint.open(path) for name, path in folders.items()}, out)
 
 
 def sync(folder: Path) -> None:

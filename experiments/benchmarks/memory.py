@@ -94,7 +94,7 @@ def case(kind: str, method: str, n_donors: int, n_layers: int, folder: str) -> i
     rule = Rule(method, dict.fromkeys(names[1:], 0.3), knobs=METHODS[method])
     recipe = Recipe({name: Source(str(path)) for name, path in folders.items()}, "base", "a", (rule,))
     if kind == "export":
-        return peak_extra(lambda: write_checkpoint(recipe, checkpoints, Path(folder) / "out", {}, force=True))
+        return peak_extra(lambda: write_checkpoint(recipe, checkpoints, Path(folder) / "out", force=True))
     slots = {n: torch.zeros(e.shape, dtype=torch.bfloat16) for n, e in checkpoints["base"].entries.items()}
     return peak_extra(lambda: Materializer(checkpoints, slots).write(recipe.to_dict()))
 

@@ -100,7 +100,7 @@ def main() -> None:
         rules = tuple(Rule("linear", {"b": (e + 1) / (n + 1)}, blocks=(N_DENSE,), experts=(e,)) for e in range(n))
         recipe = Recipe({name: Source(str(path)) for name, path in folders.items()}, "a", "a", rules)
         start, processor = time.perf_counter(), time.process_time()
-        peak = peak_extra(lambda: write_checkpoint(recipe, checkpoints, work / "out", {}))
+        peak = peak_extra(lambda: write_checkpoint(recipe, checkpoints, work / "out"))
         wall, processor = time.perf_counter() - start, time.process_time() - processor
         shutil.rmtree(work / "out")
     merged = sum(math.prod(shape) for _, shape in experts(N_DENSE, n))
