@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evo.merge import statistics
+from evo.merge import METHODS, get_method, statistics
 from evo.merge.blocks import as_matrix, blocks
 from evo.merge.noise import stream_key, uniforms
 from evo.merge.statistics import exact_sum, gram, order_statistics, peak
+from tests.merging import SETTINGS, arguments_of
 
 
 def normal(*shape, seed=0):
@@ -112,3 +113,11 @@ class TestNoise:
 
     def test_keys_differ(self):
         assert len({stream_key(0, d, t, r) for d in "ab" for t in ("x", "y") for r in (None, 0, 1)}) == 12
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if get_method(name).measure])
+def test_a_part_without_elements_is_measured(name):
+    """No block of it is merged then."""
+    empty = torch.zeros(0, 8)
+    stats = arguments_of(name, {"a": empty, "b": empty}, empty, SETTINGS.get(name, {}))["stats"]
+    assert all(s.rows is None or len(s.rows) == 0 for s in (stats if isinstance(stats, list) else [stats]))

@@ -35,6 +35,8 @@ def _fused(tau: Tensor, stats: Stats) -> Tensor:
 def threshold(donors: Sequence[Tensor], base: Tensor) -> Stats:
     """Theta of the whole part, and the divergence of each row, float32 (R, 1)."""
     (donor,) = donors
+    if not base.numel():
+        return Stats(0.0, torch.zeros(base.shape[0], 1, device=base.device))
     height = max(1, BLOCK_ELEMENTS // max(1, base.shape[1]))
     divergence = torch.cat(
         [_divergence(donor[i : i + height], base[i : i + height]) for i in range(0, base.shape[0], height)]
