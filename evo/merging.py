@@ -113,8 +113,8 @@ class Merger:
                 self._reader.read(source, part, device, keep=False)
             if found := find_flaw(piece, numbers):
                 raise CheckpointError(
-                    f"{part.tensor}: the merge of finite numbers holds {found}: they are too large for its dtype. "
-                    "Expected smaller coefficients, or sources with smaller numbers."
+                    f"{part.tensor}: the merge of finite numbers holds {found}: it leaves the range of its dtype, "
+                    "or of float32 on the way. Expected smaller coefficients, or sources with smaller numbers."
                 )
 
         if isinstance(merged, Fused):
