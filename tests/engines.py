@@ -1,5 +1,7 @@
 """Every engine made alike, and a look into it, for tests that run over all of them."""
 
+import inspect
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,31 +14,36 @@ from torch import Tensor
 
 from evo.checkpoint import Checkpoint
 from fitness.engines import ENGINES, what_is_missing
-from fitness.engines.transformers import TransformersEngine
 
 KINDS = [
     pytest.param(kind, marks=pytest.mark.skipif(what_is_missing(kind) is not None, reason=f"{kind} is not installed"))
     for kind in ENGINES
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "transformers": {"device": "cpu"},
     "vllm": {"options": {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 256, "block_size": 32}},
 }
+"""What an engine needs besides the usual."""
+OPTIONAL = {"decoding", "batch_size"}
+"""Options that an engine need not have; tests of them skip without."""
 
 
 @contextmanager
 def running(kind: str, path: Path, **options: Any) -> Iterator[Any]:
-    """An engine in float32. vLLM allows one at a time in a process."""
-    if kind == "transformers":
-        yield TransformersEngine(str(path), **{"dtype": "float32", "batch_size": 4, **OPTIONS[kind], **options})
+    """An engine in float32 on the CPU, which decodes 4 prompts together. vLLM allows one at a time in a process."""
+    engine_class = pkgutil.resolve_name(ENGINES[kind])
+    known = inspect.signature(engine_class).parameters.keys()
+    if lacking := OPTIONAL & options.keys() - known:
+        pytest.skip(f"{kind} has no option {' nor '.join(lacking)}")
+    usual = {"dtype": "float32", "device": "cpu", "batch_size": 4}
+    chosen = {name: value for name, value in usual.items() if name in known} | OPTIONS.get(kind, {}) | options
+    if kind != "vllm":
+        yield engine_class(str(path), **chosen)
         return
     from vllm.model_executor.layers import utils
 
-    from fitness.engines.vllm import VllmEngine
-
     pack = utils.dispatch_cpu_unquantized_gemm
     with patch.object(utils, pack.__name__, lambda layer, remove_weight: pack(layer, False)):  # so that tests can read
-        engine = VllmEngine(str(path), **{"dtype": "float32", "batch_size": 4, **OPTIONS[kind], **options})
+        engine = engine_class(str(path), **chosen)
         try:
             yield engine
         finally:
@@ -44,16 +51,22 @@ def running(kind: str, path: Path, **options: Any) -> Iterator[Any]:
 
 
 def module_of(engine: Any) -> torch.nn.Module:
-    """The module that computes logits."""
-    return engine._model if isinstance(engine, TransformersEngine) else engine._llm.apply_model(lambda m: m)[0]
+    """The module that computes logits: vLLM's, or the one that an engine holds."""
+    if hasattr(engine, "_llm"):
+        return engine._llm.apply_model(lambda module: module)[0]
+    held = [value for value in vars(engine).values() if isinstance(value, torch.nn.Module)]
+    assert len(held) == 1, f"{type(engine).__name__} holds {len(held)} torch modules: say here which computes logits"
+    return held[0]
 
 
 def resident(engine: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """An engine's weights under the names and in the shapes that they have in a checkpoint."""
-    if isinstance(engine, TransformersEngine):
-        return {name: engine.slots()[name] for name in checkpoint.headers}
-    shapes = {name: header.shape for name, header in checkpoint.headers.items()}
-    return dict(_unfused(module_of(engine), shapes))
+    try:
+        slots = engine.slots()
+    except NotImplementedError:
+        shapes = {name: header.shape for name, header in checkpoint.headers.items()}
+        return dict(_unfused(module_of(engine), shapes))
+    return {name: slots[name] for name in checkpoint.headers}
 
 
 FUSED = {

@@ -1,10 +1,13 @@
 """What every engine must hold, whatever it runs on: exact weights, exact text, and no harm from an interrupt."""
 
+import functools
+import inspect
 import pkgutil
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
@@ -13,7 +16,7 @@ from fitness.engines import ENGINES
 from fitness.types import Decoding, Finish
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import CONFIGS_OF_ENGINES, make_checkpoint
-from tests.engines import KINDS, module_of, resident, running
+from tests.engines import KINDS, OPTIONAL, module_of, resident, running
 from tests.test_engine import PROMPTS, reference_ids
 
 MANY = [f"{a}{op}{b}" for a in (1, 23, 456) for op in "+-*" for b in (7, 89)]
@@ -104,6 +107,7 @@ def test_what_is_interrupted_or_fails_leaves_the_engine_usable(kind, parents):
         model, calls = module_of(engine), []
         forward = model.forward
 
+        @functools.wraps(forward)  # model.generate looks at its parameters
         def interrupted(*args, **kwargs):
             calls.append(1)
             if len(calls) == 7:
@@ -142,6 +146,32 @@ def test_capabilities_are_declared():
     for name, target in ENGINES.items():
         found = pkgutil.resolve_name(target).capabilities
         assert "generate" in found and found <= known, name
+
+
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_engines_of_our_own_have_every_option_whose_tests_would_skip(kind):
+    assert set(inspect.signature(pkgutil.resolve_name(ENGINES[kind])).parameters) >= OPTIONAL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_likelihood_is_that_of_a_plain_forward_pass(kind, llama):
+    if "logprobs" not in pkgutil.resolve_name(ENGINES[kind]).capabilities:
+        pytest.skip(f"{kind} has no logprobs")
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompts, answers = ["1+2", "34*5-6"], ["3;", "12=7+"]
+    with running(kind, llama) as engine:
+        likelihoods = engine.log_likelihood(prompts, answers)
+    for prompt, answer, found in zip(prompts, answers, likelihoods, strict=True):
+        message = [{"role": "user", "content": prompt}]
+        asked = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = torch.tensor([[*asked, *tokenizer(answer, add_special_tokens=False)["input_ids"], 2]])
+        with torch.inference_mode():
+            nats = torch.log_softmax(model(ids).logits[0].double(), -1)
+        expected = sum(float(nats[i - 1, ids[0, i]]) for i in range(len(asked), ids.shape[1]))
+        assert found.total == pytest.approx(expected, abs=1e-3)
+        assert found.n_tokens == len(answer) + 1
+        assert found.blind == pytest.approx(-np.log(nats.shape[1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

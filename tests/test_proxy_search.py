@@ -185,20 +185,6 @@ def test_a_dead_merge_is_found_by_its_likelihood(runs, histories, monkeypatch, t
     assert not alive.collapsed
 
 
-def test_likelihood_is_that_of_a_plain_forward_pass(parents):
-    engine = TransformersEngine(str(parents["a"]), dtype="float32", device="cpu", batch_size=4)
-    prompts, answers = ["1+2", "34*5-6"], ["3;", "12=7+"]
-    for prompt, answer, found in zip(prompts, answers, engine.log_likelihood(prompts, answers), strict=True):
-        asked = engine._text.encode(prompt)
-        ids = torch.tensor([[*asked, *engine._text.tokenizer(answer, add_special_tokens=False)["input_ids"], 2]])
-        with torch.inference_mode():
-            nats = torch.log_softmax(engine._model(ids).logits[0].double(), -1)
-        expected = sum(float(nats[i - 1, ids[0, i]]) for i in range(len(asked), ids.shape[1]))
-        assert found.total == pytest.approx(expected, abs=1e-3)
-        assert found.n_tokens == len(answer) + 1
-        assert found.blind == pytest.approx(-np.log(nats.shape[1]))
-
-
 def test_a_likelihood_needs_an_engine_that_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(TransformersEngine, "capabilities", frozenset({"generate"}))
     with pytest.raises(ConfigError, match=r"proxy\.likelihood.*needs logprobs"):
