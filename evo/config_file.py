@@ -111,7 +111,14 @@ def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
     """What a component says it `needs` of the engine and the engine does not have, and whether there is an engine."""
     if missing_package := what_is_missing(config.engine.kind):
         yield ("engine", "kind"), missing_package
-    engines = {name: pkgutil.resolve_name(target).capabilities for name, target in ENGINES.items()}
+    able = _capabilities(config.engine.kind)
+    if not able:
+        yield (
+            ("engine", "kind"),
+            f"{ENGINES[config.engine.kind]} does not say what it can do: expected a class attribute such as "
+            'capabilities = frozenset({"generate"})',
+        )
+        return
     asked: list[tuple[tuple[str, ...], str, frozenset[str]]] = []
     for section, table in (("space", SPACES), ("task", TASKS)):
         kind = getattr(config, section).kind
@@ -120,13 +127,19 @@ def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
     if config.proxy.enabled and config.proxy.likelihood:
         asked.append((("proxy", "likelihood"), "the likelihood screen", frozenset({"logprobs"})))
     for place, who, needs in asked:
-        if missing := needs - engines[config.engine.kind]:
-            able = ", ".join(name for name, has in engines.items() if needs <= has) or "none yet"
+        if missing := needs - able:
+            others = ", ".join(name for name in ENGINES if needs <= _capabilities(name)) or "none yet"
             yield (
                 place,
                 f"{who} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
-                f"engines that have it: {able}",
+                f"engines that have it: {others}",
             )
+
+
+def _capabilities(kind: str) -> frozenset[str]:
+    """What an engine says that it can do; empty if it says nothing."""
+    found: frozenset[str] = getattr(pkgutil.resolve_name(ENGINES[kind]), "capabilities", frozenset())
+    return found
 
 
 def _check_memory(config: Config) -> Iterator[tuple[Place, str]]:

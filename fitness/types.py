@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 from annotated_types import Ge, Lt
@@ -245,13 +245,17 @@ class Engine(Protocol):
 
     The engine hosts the writing: weights may live in other processes, sharded or repacked, so it is told
     what to run where they live ("module:attribute"), never handed tensors. `fitness` so knows no recipes.
+
+    Made with a checkpoint's folder; options are keyword-only parameters. `dtype` is one; `device`, `batch_size` and
+    `decoding` are optional, and a config that sets one that is not there is refused. KeyboardInterrupt, wherever it
+    strikes, and errors of the writer go through, and leave no request or cache behind: the next update and the next
+    text are those of a fresh engine.
     """
 
-    capabilities: frozenset[str]
-    """Of "generate", "logprobs", "routing", "paths"."""
+    capabilities: ClassVar[frozenset[str]]
+    """Of "generate", "logprobs", "routing", "paths". Of the class: configs are checked before a model is loaded."""
     batch_size: int | None
     """Prompts decoded together; None before an automatic choice was made. Text depends on it: a run keeps it."""
-
     caveat: str | None
     """What readers of its scores have to know, in a sentence; None: nothing."""
 
@@ -265,7 +269,11 @@ class Engine(Protocol):
         ...
 
     def update(self, recipe: Mapping[str, Any]) -> Any:
-        """Let the writer write a recipe, then drop every cache that depends on the weights."""
+        """Let the writer write a recipe, then drop every cache that depends on the weights.
+
+        Returns:
+            what the writer's `write` (or `feed`) returned, as it is: the worker reads seconds and counts in it.
+        """
         ...
 
     def generate(
@@ -283,6 +291,7 @@ class Engine(Protocol):
 
         Raises:
             ValueError: if no prompt leaves room for max_tokens in the model's context.
+            FloatingPointError: if the model's logits are not finite: a merge that has collapsed is a failed candidate.
         """
         ...
 

@@ -196,12 +196,18 @@ def test_what_an_engine_lacks_is_told_when_the_config_is_read(write, monkeypatch
 
         capabilities = frozenset({"generate", "routing"})
 
+    class Mute:
+        """An engine that does not say what it can do."""
+
+        def __init__(self, checkpoint, *, dtype: str = "float32"):
+            pass
+
     def picky(layout, ingredients):
         """A space that looks at routing."""
 
     picky.needs = frozenset({"routing"})
     assert not hasattr(block, "needs")
-    for name, found in {"deaf": Deaf, "router": Router, "picky": picky}.items():
+    for name, found in {"deaf": Deaf, "router": Router, "mute": Mute, "picky": picky}.items():
         monkeypatch.setattr(f"tests.{name}", found, raising=False)
     monkeypatch.setitem(ENGINES, "deaf", "tests:deaf")
     monkeypatch.setitem(SPACES, "picky", "tests:picky")
@@ -212,9 +218,19 @@ def test_what_an_engine_lacks_is_told_when_the_config_is_read(write, monkeypatch
     ):
         load_config(write(text))
     monkeypatch.setitem(ENGINES, "router", "tests:router")
+    monkeypatch.setitem(ENGINES, "mute", "tests:mute")
     with pytest.raises(ConfigError, match="engines that have it: router"):
         load_config(write(text))
     load_config(write(text.replace("kind: deaf", "kind: router")))
+    with pytest.raises(
+        ConfigError, match=r"engine.kind: tests:mute does not say what it can do: expected a class attr"
+    ):
+        load_config(write(text.replace("kind: deaf", "kind: mute")))
+
+
+def test_other_engines_are_not_looked_at_where_nothing_is_missing(write, monkeypatch):
+    monkeypatch.setitem(ENGINES, "broken", "no.such.module:Engine")
+    load_config(write(GOOD))
 
 
 def test_an_engine_whose_package_is_missing_is_refused_when_the_config_is_read(write, monkeypatch):

@@ -66,7 +66,8 @@ def test_weights_and_text_are_those_of_the_export_even_after_twenty_updates(kind
         engine.host("evo.materializer:Materializer.hosted", sources={n: str(p) for n, p in parents.items()})
         for i in range(20):
             wanted = recipe(parents, float(rng.random()), blocks=(int(rng.integers(3)),) if i % 3 else None)
-            engine.update(wanted.to_dict())
+            report = engine.update(wanted.to_dict())
+            assert report.n_written > 0 and report.seconds > 0  # what the writer says comes back
             if i in (0, 19):
                 folder = export(wanted, parents, tmp_path / str(i))
                 exported = Checkpoint.open(folder)
