@@ -66,7 +66,7 @@ def get_grader(name: str) -> Grader:
 
 def grade(grader: Grader, reference: str, completion: Completion) -> Verdict:
     """Judge a completion: cut off, without an answer, right, wrong, or too hard to tell in time."""
-    if completion.finish is Finish.LENGTH:
+    if completion.finish == Finish.LENGTH:
         return Verdict.TRUNCATED
     try:
         same = grader(reference, completion.text)

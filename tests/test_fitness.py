@@ -84,6 +84,7 @@ class TestGraders:
     def test_truncation_is_never_correct(self):
         cut = Completion("72", 10, 0, Finish.LENGTH)
         assert grade(same_number, "72", cut) is Verdict.TRUNCATED
+        assert grade(same_number, "72", Completion("72", 10, 0, "length")) is Verdict.TRUNCATED  # plain text
         assert grade(same_number, "72", Completion("72", 10, 0, Finish.STOP)) is Verdict.CORRECT
         assert grade(same_number, "72", Completion("73", 10, 0, Finish.STOP)) is Verdict.WRONG
         assert grade(same_number, "72", Completion("...", 10, 0, Finish.STOP)) is Verdict.UNPARSABLE
