@@ -146,7 +146,10 @@ def test_statistics_are_measured_once(moe_parents, name, monkeypatch):
 def test_masks_belong_to_the_seed_and_the_place(moe_parents, name):
     one, again, other = (streamed(moe_parents, recipe_of(moe_parents, name, seed)) for seed in (7, 7, 8))
     assert all(torch.equal(one[n], t) for n, t in again.items())
-    assert any(not torch.equal(one[n], t) for n, t in other.items())
+    assert any(not torch.equal(one[n], t) for n, t in other.items()), (
+        f"{name} draws nothing with {SETTINGS.get(name, 'its defaults')}: give knobs with which it does in SETTINGS of "
+        "tests/merging.py"
+    )
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -1,5 +1,6 @@
 """Compiled loops have the bits of merges on tensors, and candidates share them."""
 
+import functools
 import logging
 import platform
 from dataclasses import replace
@@ -17,13 +18,15 @@ from evo.merge.blocks import as_matrix
 from evo.merge.cpp_loop import find_compiler
 from evo.merge.kernels import Fused, fuse, record
 from evo.merge.noise import stream_key
-from evo.merge.tape import Tape
+from evo.merge.tape import Tape, Untraceable
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.merging import SETTINGS, arguments_of
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 COMPILED = ["linear", "ties", "dare_ties", "della", "sce", "model_stock", "ram", "arcee_fusion", "nearswap"]
 """Between them they use every operation that a loop knows."""
+ON_TENSORS: set[str] = set()
+"""Methods of ours that no loop can do; they run on tensors, slower and with the same bits."""
 DELTAS = ["int8", "int4", "low_rank(5)"]
 """How donors are compressed."""
 
@@ -69,6 +72,22 @@ def loop_of(merge):
     return fused
 
 
+@functools.cache
+def why_on_tensors(name):
+    """Which operation of a method no loop can do; None if it is recorded."""
+    merge = part_merge(name)
+    try:
+        record(merge.method, [merge.base, *merge.donors], merge.coefficients, merge.arguments)
+    except Untraceable as error:
+        return str(error)
+    return None
+
+
+def skip_unless_recorded(name):
+    if why := why_on_tensors(name):
+        pytest.skip(f"{name} runs on tensors: {why}")
+
+
 def bits(tensor):
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
@@ -87,6 +106,7 @@ def test_same_bits(name):
 @pytest.mark.parametrize("stored", [("base", "donors"), ("donors",), ("base",)])
 def test_same_bits_of_what_is_stored_as_fp8(name, stored):
     """Result in float32, to be encoded, where the base is; else in the base's dtype."""
+    skip_unless_recorded(name)
     merge = in_fp8(part_merge(name), stored)
     fused = loop_of(merge)
     assert fused.dtype == (torch.float32 if "base" in stored else torch.bfloat16)
@@ -245,9 +265,18 @@ def test_a_slot_is_written_directly_where_it_can_hold_the_bits(target, monkeypat
     assert torch.equal(slot.to(merge.base.dtype), on_tensors(merge))
 
 
+def test_methods_are_recorded():
+    found = {name: why for name in METHODS if (why := why_on_tensors(name))}
+    assert set(found) == ON_TENSORS, (
+        f"{found}: use the operations at the top of evo/merge/tape.py, or, if it has to run on tensors, name it in "
+        "ON_TENSORS above"
+    )
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_candidates_share_a_loop(name):
-    """Every method can be recorded, and other coefficients and statistics give the same operations."""
+    """Other coefficients and statistics give the same operations."""
+    skip_unless_recorded(name)
     keys = set()
     for coefficients, scale in (((0.3, 0.45), 4.0), ((0.12, 0.41), 5.0)):
         merge = part_merge(name, coefficients=coefficients, scale=scale)
