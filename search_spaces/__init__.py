@@ -1,6 +1,6 @@
 """WHAT may vary: layouts of checkpoints, recipes for merging them, and spaces of recipes.
 
-Pure data: numpy and yaml only, no torch, no files. Knows nothing of `fitness` or `evo`.
+Pure data: numpy, yaml and pydantic, no torch, no files. Knows nothing of `fitness` or `evo`.
 """
 
 SPACES = {

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Annotated, Any, ClassVar
 
 import yaml
@@ -21,7 +22,7 @@ from search_spaces.layout import Layout, Part, Role
 
 RECIPE_VERSION = 1
 LARGEST = 3.4e38
-"""Magnitude of a coefficient."""
+"""Magnitude of a coefficient or knob."""
 
 _Number = Annotated[float, Strict()]
 _Index = Annotated[int, Strict()]
@@ -78,9 +79,8 @@ class Rule:
     """Further arguments of the method, as "density", or as "density:DONOR" for one donor."""
 
     def __post_init__(self) -> None:
-        for name, coefficient in self.coefficients.items():
-            if not isinstance(coefficient, int | float) or not abs(coefficient) <= LARGEST:
-                raise ValueError(f"coefficient of {name}: expected a number that float32 has, got {coefficient!r}")
+        object.__setattr__(self, "coefficients", _floats("coefficient of", self.coefficients))
+        object.__setattr__(self, "knobs", _floats("knob", self.knobs))
 
     def cells(self, sites: Sites) -> Iterator[Cell]:
         """The addresses of a layout that this rule selects."""
@@ -205,6 +205,14 @@ def copy_of(name: str, sources: Mapping[str, Source], interface: str) -> Recipe:
 
 def _matcher(patterns: tuple[str, ...]) -> Callable[[str], object]:
     return re.compile("|".join(map(fnmatch.translate, patterns))).match
+
+
+def _floats(what: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers, numpy's too, as recipe files can hold them."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not abs(number) <= LARGEST:
+            raise ValueError(f"{what} {name}: expected a number that float32 has, got {number!r}")
+    return {name: float(number) for name, number in numbers.items()}
 
 
 def _block(index: int) -> int | None:
