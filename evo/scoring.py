@@ -16,6 +16,7 @@ from evo.config import ConfigError, EngineConfig, TaskConfig
 from fitness.engines import ENGINES, what_is_missing
 from fitness.evaluator import Evaluator
 from fitness.orderliness import Orderliness
+from fitness.splits import problems_of
 from fitness.tasks import TASKS
 from fitness.types import Decoding, Engine, Split
 from search_spaces.recipe import Recipe, Source
@@ -52,7 +53,9 @@ def score_checkpoint(
         raise ConfigError(missing)
     options = component_options(engine_config, ENGINES)
     built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config, TASKS)) for config in configs]
-    problems = [task.problems(split) for task in built]  # bad data are told before the model is loaded
+    problems = [  # bad data are told before the model is loaded
+        problems_of(task, config.kind, [split])[split] for config, task in zip(configs, built, strict=True)
+    ]
     resident = pkgutil.resolve_name(ENGINES[engine_config.kind])(str(checkpoint), **options)
     if is_quantised:
         _write(checkpoint, resident)

@@ -36,6 +36,7 @@ from evo.ledger import Ledger
 from evo.loop import Loop, ResumeError, Watcher
 from evo.run_folder import hold, stop_requested
 from evo.tracking import tracker
+from fitness.splits import problems_of
 from fitness.types import Problem, Split, Task
 
 log = logging.getLogger("mergefront")
@@ -138,7 +139,7 @@ class Search:
 
     def _open_ledger(self, task: Task, digests: dict[str, str]) -> Ledger:
         """Start the ledger, or open it and check that nothing it is bound to has changed."""
-        asked = {split: task.problems(split) for split in Split}
+        asked = problems_of(task, self.config.task.kind)
         problems = {split: [problem.id for problem in found] for split, found in asked.items()}
         answers = {str(split): _digest_of_answers(found) for split, found in asked.items()}
         if not ledger_file.exists(self.folder):

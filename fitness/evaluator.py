@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fitness.orderliness import Orderliness
-from fitness.types import Completion, Engine, Problem, Score, Task
+from fitness.types import Completion, Engine, Problem, Score, Task, Verdict
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,19 @@ class Evaluator:
     seed: int = 0
 
     def evaluate(self, problems: Sequence[Problem]) -> tuple[Score, list[list[Completion]]]:
-        """Score the resident model; the completions of each problem come in the order of the problems."""
+        """Score the resident model; the completions of each problem come in the order of the problems.
+
+        Raises:
+            ValueError: if the task grades with anything but a Verdict.
+        """
         repeated = [problem for problem in problems for _ in range(self.samples)]
         seeds = [draw_seed(self.seed, problem, i) for problem in problems for i in range(self.samples)]
         prompts = [self.task.prompt(problem) for problem in repeated]
         completions = self.engine.generate(prompts, max_tokens=self.max_tokens, seeds=seeds)
         verdicts = [self.task.grade(p, c) for p, c in zip(repeated, completions, strict=True)]
+        if odd := [verdict for verdict in verdicts if not isinstance(verdict, Verdict)]:
+            name = f"{type(self.task).__name__}.grade"  # a truth value would be stored as the verdict of that number
+            raise ValueError(f"{name}: expected a Verdict, such as Verdict.CORRECT, got {odd[0]!r:.100}")
         shape = (len(problems), self.samples)
         order = [self.orderliness.measure(completion) for completion in completions]
         score = Score(

@@ -1,4 +1,4 @@
-"""Cuts problems into disjoint splits by a seeded hash of their text.
+"""Cuts problems into disjoint splits by a seeded hash of their text, and checks those that a task gives.
 
 A problem stays in its split whatever is added to the data later, and a question that occurs twice never
 sits in two splits.
@@ -7,9 +7,9 @@ sits in two splits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from fitness.types import Problem, Split
+from fitness.types import Problem, Split, Task
 
 SHARES: Mapping[Split, float] = {Split.SEARCH: 0.4, Split.RESERVE: 0.2, Split.HELD_OUT: 0.4}
 """Expected share of the problems that falls to each split."""
@@ -49,6 +49,43 @@ def take(
             f"({shares[split]:.0%} of its distinct questions): ask for at most {len(found)} or give more data"
         )
     return list(found.values())
+
+
+def problems_of(task: Task, name: str, splits: Collection[Split] = tuple(Split)) -> dict[Split, list[Problem]]:
+    """The problems of a task, checked: what breaks a promise of Task would not fail, but make scores worthless.
+
+    Args:
+        task: to ask.
+        name: what errors call it.
+        splits: to ask for. Of several, the reserve may be empty, as no search scores it.
+
+    Raises:
+        ValueError: if a split is empty, holds anything but problems or one of them twice, shares one with another
+            split, or a prompt is no text.
+    """
+    found: dict[Split, list[Problem]] = {}
+    owners: dict[str, Split] = {}
+    for split in splits:
+        where = f"task {name!r}, split '{split}'"
+        found[split] = problems = task.problems(split)
+        if not isinstance(problems, list | tuple):
+            raise ValueError(f"{where}: expected a list of Problem, got {type(problems).__name__}")
+        if not problems and (split is not Split.RESERVE or len(splits) == 1):
+            raise ValueError(f"{where}: expected at least one problem, got none: give the task more data")
+        for problem in problems:
+            if not isinstance(problem, Problem):
+                raise ValueError(f"{where}: expected objects of fitness.types.Problem, got {problem!r:.100}")
+            if not isinstance(problem.question, str) or not isinstance(problem.answer, str):
+                raise ValueError(f"{where}: expected text as question and as answer, got {problem!r:.200}")
+            if owner := owners.get(problem.id):
+                raise ValueError(
+                    f"{where}: expected each question once, got {problem.question!r:.100}, which is in '{owner}' "
+                    "already: fitness.splits.take cuts problems into disjoint splits without duplicates"
+                )
+            owners[problem.id] = split
+            if not isinstance(prompt := task.prompt(problem), str):
+                raise ValueError(f"{where}: expected text as prompt of {problem.question!r:.100}, got {prompt!r:.100}")
+    return found
 
 
 def _position(question: str, seed: int) -> float:

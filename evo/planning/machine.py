@@ -37,6 +37,7 @@ from fitness.engines import ENGINES
 from fitness.engines.memory import ROW_LOGIT_BYTES, anonymous_bytes, free_bytes, rows_that_fit, total_bytes
 from fitness.engines.transformers import longest_prompt
 from fitness.engines.vllm import cache_bytes, share_of_memory
+from fitness.splits import problems_of
 from fitness.types import Decoding, Split, Task
 
 FRONT_SIZE = 8
@@ -185,7 +186,7 @@ def n_first(config: Config, space: Any) -> int:
 
 def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, options: dict[str, Any]) -> tuple[Load, int]:
     """What is generated and written, and the most answers that can be decoded together."""
-    problems = {split: task.problems(split) for split in (Split.SEARCH, Split.HELD_OUT)}
+    problems = problems_of(task, config.task.kind, (Split.SEARCH, Split.HELD_OUT))
     prompts = [task.prompt(problem) for found in problems.values() for problem in found]
     chat = {key: options[key] for key in ("system", "chat") if key in options}
     prompt = longest_prompt(str(checkpoints[config.interface_parent].path), prompts, **chat)

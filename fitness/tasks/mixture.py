@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
+from fitness.splits import problems_of
 from fitness.types import Completion, Problem, Split, Task, Verdict
 
 Size = Annotated[int, Ge(1)]
@@ -81,7 +82,7 @@ class Mixture:
         for (part, _), n in zip(parts, shares([w for _, w in parts], self._sizes[split]), strict=True):
             if n:
                 task = _build(part, {str(split): n})
-                for problem in task.problems(split):
+                for problem in problems_of(task, str(part["kind"]), [split])[split]:
                     if problem.id not in found:
                         found[problem.id] = problem
                         self._owner.setdefault(problem.id, task)
