@@ -19,14 +19,22 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
 
     Raises:
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
+        ConfigError: if the component has an option without a type hint.
     """
-    target = pkgutil.resolve_name(table[component.kind])  # type: ignore[attr-defined]
+    kind: str = component.kind  # type: ignore[attr-defined]
+    target = pkgutil.resolve_name(table[kind])
     built = built_by(target)
     hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
+    parameters = inspect.signature(target).parameters.items()
+    options = {name: parameter for name, parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    if bare := [name for name in options if name not in hints]:
+        raise ConfigError(
+            f"{kind!r} ({table[kind]}): expected a type hint for the option {bare[0]!r}, such as "
+            f"`{bare[0]}: int = 3`, got none: what a config says is checked and converted by it"
+        )
     fields: dict[str, Any] = {
         name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        for name, parameter in options.items()
     }
     model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
     validated = model.model_validate(component.options)

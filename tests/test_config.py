@@ -7,6 +7,7 @@ from evo.config import ConfigError, changed_keys
 from evo.config_file import load_config
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
+from fitness.tasks import TASKS
 from fitness.types import Decoding
 
 GOOD = """\
@@ -239,3 +240,16 @@ def test_an_engine_whose_package_is_missing_is_refused_when_the_config_is_read(w
         load_config(write(GOOD.replace("max_tokens: 64", "max_tokens: 64, kind: vllm")))
     expected = "search.yaml:6: engine.kind: engine 'vllm' needs the package vllm: pip install 'mergefront[vllm]'"
     assert expected in str(error.value)
+
+
+def test_an_option_without_a_type_hint_names_its_component(write, monkeypatch):
+    class Sums:
+        """A task whose author forgot a type."""
+
+        def __init__(self, *, search: int = 5, terms=3):
+            pass
+
+    monkeypatch.setattr("tests.sums", Sums, raising=False)
+    monkeypatch.setitem(TASKS, "sums", "tests:sums")
+    with pytest.raises(ConfigError, match=r"'sums' \(tests:sums\): expected a type hint for the option 'terms'"):
+        load_config(write(GOOD.replace("kind: arithmetic, search: 32", "kind: sums")))
