@@ -98,6 +98,17 @@ class History:
             self._ledger.set_meta("caveat", caveat)
 
     @property
+    def ended(self) -> str | None:
+        """Why the search ended before its budget was spent, in words; None if it did not."""
+        why: str | None = self._ledger.meta("ended")
+        return why
+
+    def keep_ended(self, why: str | None) -> None:
+        """Remember it until the search goes on."""
+        if why != self.ended:
+            self._ledger.set_meta("ended", why)
+
+    @property
     def exhausted(self) -> bool:
         """Whether some limit of the budget has been reached."""
         return self.share_spent() >= 1.0

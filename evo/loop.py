@@ -85,9 +85,14 @@ class Loop:
 
     def _propose(self) -> None:
         optimizer, generation = self._replay()
+        self._history.keep_ended(None)  # what held before may not hold with this budget
         while not self._must_end():
             genomes = optimizer.ask(optimizer.batch_size)
             if not genomes:
+                limit = self._history.budget.candidates
+                n = f"{self._history.spent['candidates']:.0f}" + (f" of {limit}" if limit else "")
+                self._history.keep_ended(f"{self._config.optimizer.kind} has no more candidates: {n} evaluated")
+                log.warning(self._history.ended)
                 return
             generation += 1
             self._evaluate_batch(optimizer, self._record(genomes, generation))
@@ -138,7 +143,7 @@ class Loop:
         for ask in self._history.asks[self._n_first :]:
             generations.setdefault(ask.generation, []).append(ask)
         for batch in generations.values():
-            _check_replay(optimizer.ask(len(batch)), batch)
+            _check_replay(optimizer.ask(len(batch)) or (), batch)
             told = [e for ask in batch if (e := self._history.entries[Split.SEARCH].get(ask.id))]
             for entry in sorted(told, key=lambda entry: entry.seq):
                 self._tell(optimizer, entry)

@@ -73,6 +73,13 @@ class Search:
         with closing(Ledger.open(self.folder, read_only=True)) as ledger:
             return read_front(ledger)
 
+    @property
+    def ended(self) -> str | None:
+        """Why the search ended before its budget was spent, in words; None if it did not."""
+        with closing(Ledger.open(self.folder, read_only=True)) as ledger:
+            why: str | None = ledger.meta("ended")
+            return why
+
     def run(self, watch: Watcher | None = None, budget: Budget | None = None) -> Front:
         """Search until the budget is spent or somebody asks to stop; then score the front on held-out problems.
 

@@ -144,7 +144,10 @@ def print_ending(front: Front, search: Search) -> None:
             console.print(f"          MLflow has not been told everything yet: mergefront sync {quoted}")
     if front.members:
         console.print(f"export    mergefront export {quoted} --pick knee --out my-model")
-    console.print("go on     the same command with --budget candidates=N, N larger than before")
+    if ended := search.ended:
+        console.print(f"ended     {ended}; a larger budget changes nothing, other options in a new folder may")
+    else:
+        console.print("go on     the same command with --budget candidates=N, N larger than before")
 
 
 def _proxy_line(stopped: Sequence[Entry], history: History) -> str:
@@ -160,9 +163,11 @@ def _proxy_line(stopped: Sequence[Entry], history: History) -> str:
 def print_status(folder: Path) -> None:
     """The state of a run, read from its ledger without disturbing it."""
     with closing(Ledger.open(folder, read_only=True)) as ledger:
-        history, versions, caveat = History(ledger), ledger.meta("versions"), ledger.meta("caveat")
+        history = History(ledger)
+        versions, caveat, ended = (ledger.meta(key) for key in ("versions", "caveat", "ended"))
     front, searched = history.front, [history.latest(id) for id in history.entries[Split.SEARCH]]
-    state = f"running ({holder(folder)})" if is_held(folder) else ("finished" if history.exhausted else "stopped")
+    at_rest = "finished" if history.exhausted or ended else "stopped"
+    state = f"running ({holder(folder)})" if is_held(folder) else at_rest
     n_failed = sum(entry.status is Status.FAILED for entry in searched)
     n_infeasible = sum(bool(entry.violations) for entry in searched)
     console = Console(highlight=False, soft_wrap=True)
@@ -172,8 +177,8 @@ def print_status(folder: Path) -> None:
     if stopped := [entry for entry in searched if entry.status is Status.PARTIAL]:
         console.print(_proxy_line(stopped, history))
     console.print(f"front {len(front.members)} models, hypervolume {front.hypervolume:.4f}")
-    if caveat:
-        console.print(f"note: {caveat}")
+    for note in filter(None, (ended, caveat)):
+        console.print(f"note: {note}")
     console.print("[dim]" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "[/dim]")
 
 

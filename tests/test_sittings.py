@@ -14,7 +14,8 @@ from evo.config import Budget
 from evo.ledger import Ledger, LedgerError
 from evo.loop import ResumeError, SearchError
 from evo.materializer import Materializer
-from evo.terminal import front_table, print_front
+from evo.optimizers.random_search import RandomSearch
+from evo.terminal import front_table, print_ending, print_front, print_status
 from evo.tracking import tracker
 from evo.types import Status
 from fitness.types import Split
@@ -197,3 +198,34 @@ def test_a_copied_run_does_not_write_into_the_first(tmp_path):
     with pytest.raises(tracker.TrackerError, match=r"moved or copied.*delete mlflow.db, mlartifacts and tracker.json"):
         tracker.sync(tmp_path / "copy")
     assert before == {file: file.stat().st_mtime_ns for file in (search.folder / "mlartifacts").rglob("*")}
+
+
+class TestAnOptimizerThatEndsEarly:
+    def test_it_is_told_and_the_run_is_finished(self, tmp_path, caplog, capsys):
+        path = write_config(tmp_path, candidates=30, optimizer="{kind: line_sweep, points: 2}")
+        path.write_text(path.read_text() + "space: {kind: line}\n")
+        search = Search.from_yaml(path, tmp_path / "run")
+        search.run(budget=Budget(candidates=4))
+        assert search.ended is None
+        for n in (30, 30, 40):  # going on changes nothing but what is said
+            front = search.run(budget=Budget(candidates=n))
+            said = f"line_sweep has no more candidates: 5 of {n} evaluated"
+            assert search.ended == said and len(entries_of(search)) == 5
+            assert caplog.messages.count(said) == 1
+            caplog.clear()
+        print_ending(front, search)
+        print_status(search.folder)
+        out = capsys.readouterr().out
+        assert f"ended     {said}; a larger budget changes nothing" in out and "go on" not in out
+        assert f"{search.folder}: finished, " in out and f"note: {said}" in out
+
+    @pytest.mark.parametrize("nothing", [None, []])
+    def test_a_later_sitting_may_have_more(self, tmp_path, monkeypatch, nothing):
+        search = Search.from_yaml(write_config(tmp_path, optimizer="{kind: random, population: 2}"), tmp_path / "run")
+        ask = RandomSearch.ask
+        monkeypatch.setattr(RandomSearch, "ask", lambda self, n: nothing)
+        search.run(budget=Budget(tokens=10**6))
+        assert search.ended == "random has no more candidates: 3 evaluated"
+        monkeypatch.setattr(RandomSearch, "ask", ask)
+        search.run(budget=Budget(candidates=5))
+        assert search.ended is None and len(entries_of(search)) == 5
