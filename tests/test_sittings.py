@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -229,3 +230,12 @@ class TestAnOptimizerThatEndsEarly:
         monkeypatch.setattr(RandomSearch, "ask", ask)
         search.run(budget=Budget(candidates=5))
         assert search.ended is None and len(entries_of(search)) == 5
+
+
+def test_an_optimizer_that_draws_of_its_own_cannot_go_on_and_is_told_why(tmp_path, monkeypatch):
+    search = Search.from_yaml(write_config(tmp_path, optimizer="{kind: random, population: 2}"), tmp_path / "run")
+    search.run(budget=Budget(candidates=4))
+    ask, rng = RandomSearch.ask, np.random.default_rng(0)
+    monkeypatch.setattr(RandomSearch, "ask", lambda self, n: [g * rng.random(dtype=np.float32) for g in ask(self, n)])
+    with pytest.raises(ResumeError, match=r"or the optimizer draws numbers that `problem.seed` does not decide"):
+        search.run(budget=Budget(candidates=6))
