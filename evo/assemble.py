@@ -91,7 +91,7 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
         max_tokens=config.engine.max_tokens,
         objectives=config.objectives,
         orderliness=config.orderliness,
-        samples=options.get("decoding", Decoding()).samples,
+        samples=(options.get("decoding") or Decoding()).samples,
         seed=config.seed,
     )
 

@@ -101,5 +101,6 @@ _EXPECTED = {
     "tuple_type": "expected a list",
     "dict_type": "expected keys with values",
     "dataclass_type": "expected keys with values",
+    "model_type": "expected keys with values",
 }
 """Where pydantic names a type of Python's."""

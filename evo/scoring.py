@@ -59,7 +59,7 @@ def score_checkpoint(
     resident = pkgutil.resolve_name(ENGINES[engine_config.kind])(str(checkpoint), **options)
     if is_quantised:
         _write(checkpoint, resident)
-    samples, found = options.get("decoding", Decoding()).samples, []
+    samples, found = (options.get("decoding") or Decoding()).samples, []
     for config, task, asked in zip(configs, built, problems, strict=True):
         evaluator = Evaluator(resident, task, engine_config.max_tokens, Orderliness(), samples, seed)
         score, _ = evaluator.evaluate(asked)

@@ -101,6 +101,8 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("kind: block,", "kind: block, knobs: {density: 0.5},"): ["this method has none"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table, path: x.jsonl}"): ["task.path", "no file at"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table}"): ["search.yaml:5: task", "'path' is missing"],
+    ("optimizer: {kind: cma_es, sigma: 0.2}", "optimizer:"): ["search.yaml:7: optimizer: expected keys with values"],
+    ("dtype: float32", "dtype:"): ["search.yaml:6: engine.dtype", "'float32', 'bfloat16'", "got None"],
     ("parents:", "parents: ["): ["not valid YAML"],
     (GOOD, "just words"): ["expected keys such as parents"],
     (GOOD, "a: &a [x]\nb: *c"): ["not valid YAML"],

@@ -21,11 +21,14 @@ from evo import Search
 from evo.assemble import build_space, first_candidates, open_sources, recipe_sources
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.config import Baselines, Budget
+from evo.config_file import load_config
 from evo.export import ExportError
 from evo.front import PickError
 from evo.ledger import Ledger
 from evo.loop import ResumeError, SearchError
+from evo.planning.machine import plan_search
 from evo.run_folder import BusyError, hold, request_stop
+from evo.scoring import score_checkpoint
 from evo.types import Origin, Status
 from fitness.tasks.arithmetic import Arithmetic, solve
 from fitness.types import Split
@@ -379,6 +382,17 @@ def test_budget_in_tokens(tmp_path):
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
         generated = [e.summary["n_generated"] for e in ledger.entries(Split.SEARCH)]
     assert sum(generated) >= 6000 > sum(generated[:-1])
+
+
+def test_an_empty_decoding_is_the_default(tmp_path, finished):
+    path = write_config(tmp_path, candidates=2)
+    path.write_text(path.read_text().replace("threads: 1", "decoding:"))
+    found = Search.from_yaml(path, tmp_path / "run").run().evaluated
+    assert [row.losses for row in found] == [row.losses for row in finished.front().evaluated[:2]]
+    assert plan_search(load_config(path), out=tmp_path).load.answers == SIZES["search"]
+    engine = {"dtype": "float32", "device": "cpu", "max_tokens": MAX_TOKENS, "decoding": None}
+    (figures,) = score_checkpoint(CHIMERA / "concise", [{"kind": "arithmetic", "held_out": 5}], engine)
+    assert figures["n_samples"] == 1
 
 
 def test_line_points_are_baselines(tmp_path):

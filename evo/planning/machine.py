@@ -190,7 +190,7 @@ def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, option
     prompts = [task.prompt(problem) for found in problems.values() for problem in found]
     chat = {key: options[key] for key in ("system", "chat") if key in options}
     prompt = longest_prompt(str(checkpoints[config.interface_parent].path), prompts, **chat)
-    samples = options.get("decoding", Decoding()).samples
+    samples = (options.get("decoding") or Decoding()).samples
     space = build_space(config, checkpoints)
     first, n = n_first(config, space), config.budget.candidates or CANDIDATES
     population = build_optimizer(config, search_problem(config, space)).batch_size
