@@ -6,9 +6,10 @@ Joins `search_spaces` (what may vary) and `fitness` (how good it is).
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evo.config import Budget
     from evo.search import Search
 
-__all__ = ["Search"]
+__all__ = ["Budget", "Search"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from evo.search import Search
 
         return Search
+    if name == "Budget":
+        from evo.config import Budget
+
+        return Budget
     raise AttributeError(f"module 'evo' has no attribute {name!r}")

@@ -170,7 +170,7 @@ class Budget(_Section):
     """Evaluated models, parents and baselines included."""
     tokens: int | None = Field(None, ge=1)
     """Generated tokens on the search split."""
-    hours: float | None = Field(None, gt=0)
+    hours: FiniteFloat | None = Field(None, gt=0)
     """Time spent evaluating on the search split, over all sittings."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Reads a run's configuration from YAML, and says of every mistake where in the file it is.
+"""Reads a run's configuration from YAML or from Python, and says of every mistake where it is.
 
 What can be checked without loading anything is checked here, before anything is loaded.
 """
@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from evo.components import component_options
-from evo.config import Config, ConfigError
+from evo.config import Budget, Config, ConfigError
 from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
 from evo.merge import get_method
@@ -50,27 +50,92 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {type(data).__name__}")
-    if endless := [(place, f"expected a finite number, got {number}") for place, number in _not_finite(data)]:
+    return _validated(data, path.resolve().parent, lines, path)
+
+
+def config_of(data: Mapping[str, Any]) -> Config:
+    """What keys and values in Python say, validated as those of a file are.
+
+    Paths are taken relative to the current folder.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what came.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"expected a Config, or keys such as parents, task and budget, got {type(data).__name__}: a file is read "
+            "by Search.from_yaml"
+        )
+    return _validated(data, Path.cwd(), _places(data), None)
+
+
+def budget_of(limits: Budget | Mapping[str, Any]) -> Budget:
+    """A budget as Python says it, {"candidates": 400} for one.
+
+    Raises:
+        ConfigError: naming the limit, what was expected and what came.
+    """
+    if isinstance(limits, Budget):
+        return limits
+    if not isinstance(limits, Mapping):
+        raise ConfigError(f'budget: expected a Budget or limits such as {{"candidates": 400}}, got {limits!r}')
+    try:
+        return Budget.model_validate(dict(limits))
+    except ValidationError as error:
+        found = [_describe({}, {**e, "loc": ("budget", *e["loc"])}) for e in error.errors()]
+        raise ConfigError(listed(None, {}, found)) from None
+
+
+def check(config: Config) -> None:
+    """Check what no section knows by itself: what components, files and the rest of the config make of it.
+
+    Raises:
+        ConfigError: a line for every mistake.
+    """
+    data = config.model_dump()
+    if found := [*_not_finite(data), *_mistakes(config, _places(data))]:
+        raise ConfigError(listed(None, _places(data), found))
+
+
+def _validated(data: Mapping[str, Any], folder: Path, lines: Mapping[Place, int], path: Path | None) -> Config:
+    if endless := list(_not_finite(data)):
         raise ConfigError(listed(path, lines, endless))
     try:
-        config = Config.model_validate(data)
+        config = Config.model_validate(dict(data))
     except ValidationError as error:
         raise ConfigError(listed(path, lines, [_describe(lines, dict(e)) for e in error.errors()])) from None
-    config, places = _resolve_paths(config, path.resolve().parent)
-    places += [*_check_files(config), *_check_knobs(config), *_check_capabilities(config), *_check_memory(config)]
-    places += [_describe(lines, error, config) for error in _check_options(config)]
-    if places:
-        raise ConfigError(listed(path, lines, places))
+    config, missing = _resolve_paths(config, folder)
+    if found := [*missing, *_mistakes(config, lines)]:
+        raise ConfigError(listed(path, lines, found))
     return config
 
 
-def _not_finite(data: Any, place: Place = ()) -> Iterator[tuple[Place, float]]:
-    """Numbers that are none, or have no end, and where they are."""
-    if isinstance(data, float) and not math.isfinite(data):
-        yield place, data
-    inside = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+def _mistakes(config: Config, lines: Mapping[Place, int]) -> Iterator[tuple[Place, str]]:
+    """What each section may say by itself, and is wrong with the others, its component or the disk."""
+    for checked in (_check_files, _check_knobs, _check_capabilities, _check_memory):
+        yield from checked(config)
+    for error in _check_options(config):
+        yield _describe(lines, error, config)
+
+
+def _values(data: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Every value, and where it is."""
+    yield place, data
+    inside = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list | tuple) else ()
     for key, value in inside:
-        yield from _not_finite(value, (*place, str(key)))
+        yield from _values(value, (*place, str(key)))
+
+
+def _places(data: Any) -> dict[Place, int]:
+    """The places of a config that is in no file, and so has no lines."""
+    return dict.fromkeys((place for place, _ in _values(data)), 0)
+
+
+def _not_finite(data: Any) -> Iterator[tuple[Place, str]]:
+    """Numbers that are none, or have no end."""
+    for place, value in _values(data):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield place, f"expected a finite number, got {value}"
 
 
 def _check_options(config: Config) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,11 @@ class Row:
         assert self.search.losses is not None
         return self.search.losses
 
+    def __repr__(self) -> str:
+        """A line, as in the table that the command prints: genomes would fill pages."""
+        scores = self.to_dict(Split.SEARCH)
+        return f"{self.ask.id:>5}  {self.ask.name:<12} accuracy {percent(scores)} %, tokens {scores['tokens_mean']:.1f}"
+
     def to_dict(self, split: Split) -> dict[str, Any]:
         """Plain data for one split; scores are None where it has not been scored there."""
         entry = self.search if split is Split.SEARCH else self.held_out
@@ -72,13 +77,19 @@ class Front:
     hypervolume: float
     """Of the members on the search split, as a share of the box of `scale`."""
 
-    def pick(self, which: str) -> Row:
+    def __repr__(self) -> str:
+        """The members, a line each."""
+        head = f"Pareto front: {len(self.members)} of {len(self.evaluated)} models, hypervolume {self.hypervolume:.4f}"
+        return "\n".join([head, *map(repr, self.members)])
+
+    def pick(self, which: str | int) -> Row:
         """A member by "knee", "max-accuracy", "max-tokens=N" (the most accurate within N mean tokens), its
         id or its name. Reads search scores only.
 
         Raises:
             PickError: if there is no such member.
         """
+        which = str(which)
         if not self.members:
             raise PickError("the front is empty: no feasible candidate has been evaluated yet")
         by_accuracy = sorted(self.members, key=lambda row: (-_accuracy(row), _tokens(row)))

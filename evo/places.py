@@ -64,13 +64,19 @@ def _line_numbers(root: yaml.Node | None) -> dict[Place, int]:
     return lines
 
 
-def at(path: Path, lines: Mapping[Place, int], place: Place, message: str, top: str = "config") -> str:
-    """The message with its file, line and place; of a value that is not in the file, with those of what holds it."""
+def at(path: Path | None, lines: Mapping[Place, int], place: Place, message: str, top: str = "config") -> str:
+    """The message with its file, line and place; of a value that is not in the file, with those of what holds it.
+
+    Without a path, what is wrong was said in Python, and has a place alone.
+    """
     known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), ())
-    return f"{path}:{lines.get(known, 1)}: {'.'.join(place) or top}: {message}"
+    where = f"{path}:{lines.get(known, 1)}: " if path else ""
+    return f"{where}{'.'.join(place) or top}: {message}"
 
 
-def listed(path: Path, lines: Mapping[Place, int], found: Iterable[tuple[Place, str]], top: str = "config") -> str:
+def listed(
+    path: Path | None, lines: Mapping[Place, int], found: Iterable[tuple[Place, str]], top: str = "config"
+) -> str:
     """A line for each place: of a value that may be of several kinds there is a message for each kind."""
     messages: dict[Place, list[str]] = {}
     for place, message in found:

@@ -3,6 +3,8 @@
 search = Search.from_yaml("search.yaml", out="runs/demo")
 front = search.run()
 search.export("knee", "runs/demo/export")
+
+Search takes what a file would say, too: Search({"parents": {...}, "task": {...}, "budget": {...}}, out="runs/demo").
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import importlib.metadata
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from evo import ledger as ledger_file
 from evo.assemble import (
@@ -28,7 +31,7 @@ from evo.assemble import (
     source_digests,
 )
 from evo.config import Budget, Config, changed_keys
-from evo.config_file import load_config
+from evo.config_file import budget_of, check, config_of, load_config
 from evo.front import Front, read_front
 from evo.history import History
 from evo.interrupts import interruptible
@@ -43,10 +46,14 @@ log = logging.getLogger("mergefront")
 
 
 class Search:
-    """A run folder and the config that it is, or will be, worked on with."""
+    """A run folder and the config that it is, or will be, worked on with.
 
-    def __init__(self, config: Config, out: str | Path) -> None:
-        self.config = config
+    Raises:
+        ConfigError: for keys and values that are no config. One that was made as a Config is checked when it is run.
+    """
+
+    def __init__(self, config: Config | Mapping[str, Any], out: str | Path) -> None:
+        self.config = config if isinstance(config, Config) else config_of(config)
         self.folder = Path(out)
 
     @classmethod
@@ -80,22 +87,25 @@ class Search:
             why: str | None = ledger.meta("ended")
             return why
 
-    def run(self, watch: Watcher | None = None, budget: Budget | None = None) -> Front:
+    def run(self, watch: Watcher | None = None, budget: Budget | Mapping[str, Any] | None = None) -> Front:
         """Search until the budget is spent or somebody asks to stop; then score the front on held-out problems.
 
         Starts the run or goes on with it. Ctrl-C, SIGTERM and `kill -9` lose at most the evaluation in flight.
 
         Args:
             watch: called after each evaluation.
-            budget: replaces the config's, for this sitting and later ones.
+            budget: replaces the config's, for this sitting and later ones: {"candidates": 400}, or a Budget.
 
         Raises:
+            ConfigError: if the config or the budget cannot be used.
+            TypeError: if nothing can call `watch`.
             BusyError: if another process works on this run.
             ResumeError: if the config, a parent or the problems have changed since the run started.
             CheckpointError: if the parents cannot be merged.
             SearchError: if a parent cannot be scored.
         """
-        with self._sitting(watch, searches=True, budget=budget) as loop:
+        limits = None if budget is None else budget_of(budget)
+        with self._sitting(watch, searches=True, budget=limits) as loop:
             loop.search()
             if not stop_requested(self.folder):
                 loop.score_held_out()
@@ -112,11 +122,11 @@ class Search:
             loop.score_held_out(every=every)
         return self.front()
 
-    def export(self, pick: str, out: str | Path, *, force: bool = False) -> Path:
+    def export(self, pick: str | int, out: str | Path, *, force: bool = False) -> Path:
         """Write a member of the front to disk as a checkpoint; see evo.export.export."""
         from evo.export import export
 
-        export(self.folder, pick, Path(out), force=force)
+        export(self.folder, str(pick), Path(out), force=force)
         return Path(out)
 
     @contextmanager
@@ -124,6 +134,9 @@ class Search:
         self, watch: Watcher | None, *, searches: bool = False, budget: Budget | None = None
     ) -> Iterator[Loop]:
         """Everything that can be checked is checked here, before a model is loaded."""
+        if watch is not None and not callable(watch):
+            raise TypeError(f"watch: expected a function that takes an evo.loop.Progress, got {watch!r:.100}")
+        check(self.config)
         with hold(self.folder), interruptible():
             stamps = file_stamps(self.config)
             sources, digests, task = open_sources(self.config), source_digests(self.config), build_task(self.config)
