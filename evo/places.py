@@ -100,7 +100,9 @@ def describe(error: Mapping[str, Any], allowed: Sequence[str]) -> str:
         return f"the key {key!r} is missing"
     expected = _EXPECTED.get(kind) or message.removeprefix("Value error, ")
     shown = kind in _EXPECTED or not isinstance(error.get("input"), dict | list | tuple)
-    return f"{expected}, got {error.get('input')!r}" if shown else expected
+    expected, *meant = expected.partition("; did you mean ")  # what came goes before it
+    came = f", got {error.get('input')!r}" if shown else ""
+    return "".join([expected, came, *meant])
 
 
 _EXPECTED = {

@@ -70,7 +70,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     ],
     ("candidates: 10", "candidates: 0"): ["budget.candidates", "greater than or equal to 1", "got 0"],
     ("{candidates: 10}", "{}"): ["at least one of candidates, tokens, hours"],
-    ("kind: cma_es", "kind: cma_ess"): ["search.yaml:7", "'cma_ess'", "did you mean 'cma_es'?"],
+    ("kind: cma_es", "kind: cma_ess"): ["search.yaml:7", "line_sweep, got 'cma_ess'; did you mean 'cma_es'?"],
     ("kind: block", "kind: blocks"): ["search.yaml:4", "did you mean 'block'?"],
     ("kind: arithmetic", "kind: gsm9k"): ["search.yaml:5", "no task is called 'gsm9k'", "did you mean 'gsm8k'?"],
     ("sigma: 0.2", "sgma: 0.2"): ["search.yaml:7: optimizer.sgma", "did you mean 'sigma'?"],
