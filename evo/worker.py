@@ -19,7 +19,7 @@ from fitness.evaluator import Evaluator
 from fitness.objectives import losses
 from fitness.orderliness import Orderliness
 from fitness.proxy.trial import Stop, Trial, joined
-from fitness.types import Completion, Engine, Problem, Score, Split, Task, Verdict
+from fitness.types import Completion, Engine, Problem, Score, Split, Task
 from search_spaces.recipe import Recipe
 
 N_SAMPLES = 3
@@ -186,7 +186,7 @@ class Worker:
                 "answer": problem.answer,
                 "completion": completion.text,
                 "n_tokens": completion.n_tokens,
-                "verdict": Verdict(self._task.grade(problem, completion)).name.lower(),
+                "verdict": self._task.grade(problem, completion).name.lower(),
             }
             for problem, (completion, *_) in written[:N_SAMPLES]
         ]
