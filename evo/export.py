@@ -41,10 +41,12 @@ class ExportError(ValueError):
 class Told:
     """What is said of a written checkpoint: in files beside it, in its card, and on the terminal."""
 
-    files: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
     """Name -> text."""
-    of_recipe: tuple[str, ...]
-    of_mergekit: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """On what was asked for."""
+    of_mergekit: tuple[str, ...] = ()
+    """On its file, or why there is none."""
     accounts: dict[str, Account] = field(default_factory=dict)
     """Of the tensors, once they are written."""
 
@@ -69,7 +71,7 @@ class Told:
     @property
     def lines(self) -> tuple[str, ...]:
         """For the terminal."""
-        return (*self.of_recipe, summary(self.accounts), *self.of_mergekit)
+        return (*self.notes, summary(self.accounts), *self.of_mergekit)
 
 
 def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
@@ -157,7 +159,7 @@ def write_checkpoint(
         materializer = Materializer(sources)
         hashes = write_weights(materializer.stretches(recipe, rounding), interface, folder)
         _copy_interface(interface, folder)
-        told = replace(told or Told({}, (), ()), accounts=account(recipe, sources, materializer.copied))
+        told = replace(told or Told(), accounts=account(recipe, sources, materializer.copied))
         (folder / ACCOUNTING_FILE).write_text(to_json(told.accounts, hashes))
         for name, text in told.files.items():
             (folder / name).write_text(text)
