@@ -46,6 +46,7 @@ class _Process:
 
         Raises:
             TimeoutError: if there is none in time; the process is ended.
+            RuntimeError: if the process does not start.
         """
         process = self._started()
         assert process.stdin is not None
@@ -69,7 +70,13 @@ class _Process:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fitness.math_verify"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
-            self._line(self._process, _SECONDS_TO_START)  # that it is ready
+            try:
+                self._line(self._process, _SECONDS_TO_START)  # that it is ready
+            except TimeoutError:  # no answer's fault: every one of them would be counted as too hard to tell
+                raise RuntimeError(
+                    "the process that compares expressions did not start: expected `python -c 'import math_verify'` to "
+                    "work (pip install 'mergefront[math]')"
+                ) from None
         return self._process
 
     def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:

@@ -167,6 +167,13 @@ class TestSampling:
         assert self.draw(Decoding(greedy=True), generation=config)[1] == 1.0
         assert self.draw(Decoding(), generation=GenerationConfig())[1] == 1.0  # do_sample is not set: greedy
 
+    def test_what_nothing_would_be_drawn_with_is_refused(self):
+        config, wanted = GenerationConfig(do_sample=False), {"temperature": 0.6, "top_p": 0.9}
+        with pytest.raises(ValueError, match=r"decoding sets temperature, top_p.*do_sample: false.*decoding.greedy to"):
+            Settings.of(config, Decoding(**wanted))
+        assert Settings.of(config, Decoding(**wanted, greedy=False)).temperature == 0.6
+        assert Settings.of(config, Decoding(**wanted, greedy=True)).greedy
+
     def test_what_is_not_followed_is_refused(self):
         with pytest.raises(ValueError, match="no_repeat_ngram_size"):
             Settings.of(GenerationConfig(no_repeat_ngram_size=3), Decoding())

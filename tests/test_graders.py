@@ -182,6 +182,11 @@ class TestProcess:
             assert same("x", "x") is True
         assert grade(same, "x", Completion("hang", 1, 0, Finish.STOP)) is Verdict.TIMEOUT
 
+    def test_one_that_does_not_start_is_no_answers_fault(self, tmp_path):
+        (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy')\n")
+        with pytest.raises(RuntimeError, match=r"did not start.*pip install 'mergefront\[math\]'"):
+            grade(math_verify.same_expression, "x", Completion("x", 1, 0, Finish.STOP))
+
 
 @needs_math_verify
 @pytest.mark.parametrize(

@@ -211,8 +211,19 @@ def test_a_weight_that_is_none(weight):
 def test_parts_that_share_their_questions_are_told(tmp_path):
     path = write(tmp_path / "all.jsonl", [(f"question {i}", i) for i in range(90)])
     parts = [{"kind": "table", "path": path, "seed": seed} for seed in (1, 1, 1)]
-    with pytest.raises(ValueError, match=r"60 problems were asked for the split 'held_out', and there are 20"):
+    with pytest.raises(ValueError, match=r"'table' has to give 20 problems for the split 'held_out', and has too few"):
         Mixture(tasks=parts, search=20, reserve=10, held_out=60)
+
+
+def test_weights_hold_where_parts_share_questions(tmp_path):
+    path = write(tmp_path / "all.jsonl", [(f"question {i}", i) for i in range(400)])
+    parts = [{"kind": "table", "path": path, "seed": seed} for seed in (0, 1)]
+    task = Mixture(tasks=[*parts, {"kind": "arithmetic", "weight": 2}], search=80, reserve=20, held_out=80)
+    found = {split: task.problems(split) for split in Split}
+    for split, n in ((Split.SEARCH, 80), (Split.RESERVE, 20), (Split.HELD_OUT, 80)):
+        of_table = [problem for problem in found[split] if problem.question.startswith("question")]
+        assert (len(found[split]), len(of_table)) == (n, n // 2)
+    assert len({problem.id for problems in found.values() for problem in problems}) == 180
 
 
 def test_answers_that_their_grader_cannot_read(tmp_path):
@@ -221,6 +232,9 @@ def test_answers_that_their_grader_cannot_read(tmp_path):
         with pytest.raises(ValueError, match=rf"grader: '{grader}' cannot read 20 of the 20 answers in .*'yes'"):
             Table(path=path, grader=grader)
     assert Table(path=path, grader="exact", search=5).problems(Split.SEARCH)
+    good = write(tmp_path / "good.jsonl", [(f"problem {i}", i) for i in range(20)])
+    with pytest.raises(ValueError, match=r"cannot read 20 of the 20 answers in .*words\.jsonl"):
+        Table(path=good, test_path=path)
 
 
 def test_an_empty_file(tmp_path):

@@ -202,7 +202,7 @@ def compressed_donors(folders: dict[str, Path], rounds: int) -> dict[str, Any]:
     """CPU seconds of a linear candidate by how its donors are held, in turns; the best of each counts."""
     checkpoints = {name: Checkpoint.open(path) for name, path in folders.items()}
     entries, makers, best = checkpoints["base"].entries, {}, {}
-    for deltas in ("exact", "int8", "int4"):
+    for deltas in ("exact", "int8", "int4", "low_rank(16)"):
         slots = {name: torch.empty(entry.shape, dtype=torch.bfloat16) for name, entry in entries.items()}
         residency = Residency.AUTO if deltas == "exact" else Residency.DEVICE
         makers[deltas] = Materializer(checkpoints, slots, residency=residency, deltas=deltas, base="base")

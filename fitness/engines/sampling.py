@@ -74,6 +74,12 @@ class Settings:
                 "set decoding.greedy to false, or samples to 1"
             )
         penalty = setting("repetition_penalty", 1.0)
+        idle = [name for name in ("temperature", "top_p", "top_k", "min_p") if getattr(decoding, name) is not None]
+        if greedy and idle and decoding.greedy is None:
+            raise ValueError(
+                f"decoding sets {', '.join(idle)}, but the interface parent's generation config says do_sample: false, "
+                "so nothing would be drawn: set decoding.greedy to false, or leave them out"
+            )
         if greedy:
             return cls(True, repetition_penalty=penalty)
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

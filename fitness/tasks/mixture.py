@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -17,10 +17,6 @@ from fitness.splits import problems_of
 from fitness.types import Completion, Problem, Split, Task, Verdict
 
 Size = Annotated[int, Ge(1)]
-
-
-MOST_MISSING = 0.5
-"""Share of a split that may be missing because parts share questions."""
 
 
 class Mixture:
@@ -53,13 +49,7 @@ class Mixture:
         self._splits: dict[Split, list[Problem]] = {}
         taken: set[str] = set()
         for split in (Split.HELD_OUT, Split.RESERVE, Split.SEARCH):  # a question of two parts stays where it first is
-            self._splits[split] = [p for p in self._gather(split) if p.id not in taken]
-            n, asked = len(self._splits[split]), self._sizes[split]
-            if n < (1.0 - MOST_MISSING) * asked:
-                raise ValueError(
-                    f"tasks: {asked} problems were asked for the split '{split}', and there are {n}, since parts share "
-                    "questions, which count once: give parts other data, or ask for fewer"
-                )
+            self._splits[split] = self._gather(split, taken)
             taken |= {problem.id for problem in self._splits[split]}
 
     def problems(self, split: Split) -> list[Problem]:
@@ -74,19 +64,42 @@ class Mixture:
         """See Task."""
         return self._owner[problem.id].grade(problem, completion)
 
-    def _gather(self, split: Split) -> list[Problem]:
+    def _gather(self, split: Split, taken: set[str]) -> list[Problem]:
+        """Of each part its share, without questions that have been taken."""
         parts = [(part, w) for part, w in zip(self._tasks, self._weights, strict=True) if _serves(part, split)]
         if not parts:
             raise ValueError(f"tasks: none of them has problems for the split '{split}'")
         found: dict[str, Problem] = {}
         for (part, _), n in zip(parts, shares([w for _, w in parts], self._sizes[split]), strict=True):
             if n:
-                task = _build(part, {str(split): n})
-                for problem in problems_of(task, str(part["kind"]), [split])[split]:
-                    if problem.id not in found:
-                        found[problem.id] = problem
-                        self._owner.setdefault(problem.id, task)
+                task, fresh = _draw(part, split, n, taken | found.keys())
+                found |= {problem.id: problem for problem in fresh}
+                self._owner |= dict.fromkeys((problem.id for problem in fresh), task)
         return list(found.values())
+
+
+def _draw(part: Mapping[str, Any], split: Split, n: int, taken: Collection[str]) -> tuple[Task, list[Problem]]:
+    """A part and its first n problems that have not been taken.
+
+    Raises:
+        ValueError: if it has fewer.
+    """
+    asked = n
+    while True:
+        try:
+            task = _build(part, {str(split): asked})
+            problems = problems_of(task, str(part["kind"]), [split])[split]
+        except ValueError as error:
+            if asked == n:
+                raise
+            raise ValueError(
+                f"tasks: {part['kind']!r} has to give {n} problems for the split '{split}', and has too few that no "
+                f"part before it has: give it other data or less weight, or ask for fewer ({error})"
+            ) from error
+        fresh = [problem for problem in problems if problem.id not in taken]
+        if len(fresh) >= n:
+            return task, fresh[:n]
+        asked += n - len(fresh)
 
 
 def shares(weights: Sequence[float], n: int) -> list[int]:

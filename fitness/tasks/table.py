@@ -76,21 +76,22 @@ class Table:
         self._seed = seed
         columns = (question, answer, options)
         self._problems = read(path, columns, name, subset, revision)
-        self._check_answers(path, grader)
+        self._check_answers(path, self._problems, grader)
         self._test = None
         if test_path or test_subset:
             self._test = read(test_path or path, columns, name, test_subset or subset, revision)
+            self._check_answers(test_path or path, self._test, grader)
             public = {problem.question for problem in self._test}
             self._problems = [problem for problem in self._problems if problem.question not in public]
 
-    def _check_answers(self, path: str, grader: str) -> None:
+    def _check_answers(self, path: str, problems: list[Problem], grader: str) -> None:
         """Refuse answers that their grader cannot read: whatever a model says would be wrong."""
         if grader not in ("number", "choice"):
             return
-        odd = [p.answer for p in self._problems if not self._grader(p.answer, p.answer)]
-        if len(odd) > MOST_ODD_ANSWERS * len(self._problems):
+        odd = [p.answer for p in problems if not self._grader(p.answer, p.answer)]
+        if len(odd) > MOST_ODD_ANSWERS * len(problems):
             raise ValueError(
-                f"grader: {grader!r} cannot read {len(odd)} of the {len(self._problems)} answers in {path}, such as "
+                f"grader: {grader!r} cannot read {len(odd)} of the {len(problems)} answers in {path}, such as "
                 f"{odd[0][:50]!r}: expected another grader (exact, math, choice, number) or another column"
             )
 
