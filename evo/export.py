@@ -97,6 +97,11 @@ def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
         check_target(out, [*config.sources.values(), run], force)
         front = read_front(ledger)
         row = front.pick(pick)
+        if gone := [f"{name} ({path})" for name, path in config.sources.items() if not path.is_dir()]:
+            raise ExportError(
+                f"{', '.join(gone)}: not there any more. If it was moved, change its path in the config and run the "
+                "search again, which takes note of it and evaluates nothing anew; then export"
+            )
         sources = open_sources(config)
         caveat = ledger.meta("caveat")
         _check_unchanged(config, ledger.meta("digests"))

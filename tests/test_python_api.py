@@ -1,10 +1,13 @@
 """What a user of Python says, and what is said back: no file, so places without lines."""
 
+import shutil
+
 import pytest
 
 import evo
 from evo import Budget, Search
 from evo.config import Config, ConfigError
+from evo.export import ExportError
 from tests.conftest import CHIMERA
 
 SAID = {
@@ -39,6 +42,21 @@ def test_a_search_without_a_file(tmp_path, monkeypatch):
     assert lines == [repr(row) for row in front.members]
     tokens = f"{member.search.summary['tokens_mean']:.1f}"
     assert lines[-1].split()[:2] == [str(member.ask.id), member.ask.name] and lines[-1].endswith(f"tokens {tokens}")
+
+
+def test_parents_that_have_moved(tmp_path):
+    def said(folder):
+        return {**SAID, "parents": {name: folder / name for name in ("reasoner", "concise")}}
+
+    for name in ("reasoner", "concise"):
+        shutil.copytree(CHIMERA / name, tmp_path / "here" / name)
+    search = Search(said(tmp_path / "here"), tmp_path / "run")
+    search.run()
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(ExportError, match=r"reasoner \(.*not there any more. If it was moved, change its path"):
+        search.export("knee", tmp_path / "out")
+    assert len(Search(said(tmp_path / "there"), tmp_path / "run").run().evaluated) == 3
+    assert (search.export("knee", tmp_path / "out") / "config.json").is_file()
 
 
 MISTAKES = {
