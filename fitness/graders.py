@@ -30,19 +30,31 @@ EXTRAS = {"math": ("math_verify", "math")}
 
 _MAX_CHARACTERS = 100_000  # of the end of a text: a run-away generation must not cost quadratic time
 _THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
-_SIGNS = str.maketrans(
-    {"\u2212": "-", "\u2013": "-", "\uff0d": "-", "\u2044": "/", "\uff0c": ",", "\uff0e": ".", "\u00a0": " "}
-)
+_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\uff0d": "-", "\u2044": "/", "\uff0c": ",", "\uff0e": "."})
 _BOXES = ("\\boxed{", "\\fbox{")
+_EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\{\s*\}")
 _HASHES = re.compile(r"####\s*([^\n]*)")
-# Digits grouped by commas, or plain; an optional decimal part; an optional denominator. The look-behind
-# keeps the minus of "7-3" from becoming a sign; a run of more than 400 digits is no number. Bounded repeats
-# keep the time linear.
-_NUMBER = re.compile(
-    r"(?<![A-Za-z_.\d])[-+]?(?:\d{1,3}(?:,\d{3}){1,20}|\d{1,400})(?![\d])(?:\.\d{1,400})?(?:/\d{1,400})?"
+# Bounded repeats keep the time linear; a run of more than 400 digits is no number.
+_BLANK = r"[ \u00a0\u202f]"
+_SEPARATOR = r"(?:,\\!|\{,\}|\\[,;! ]|[,\u00a0\u202f])"  # of thousands; no plain blank: "3 100 gram bags"
+_DIGITS = (
+    rf"(?:(?:\d{{1,3}}(?:{_SEPARATOR}\d{{3}}){{1,20}}|\d{{1,400}})(?!\d)(?:\.\d{{1,400}})?"
+    r"|(?<![A-Za-z\d.])\.\d{1,400})"
 )
-_FRACTION = re.compile(r"(\d{0,20}) ?\\[dt]?frac(?: ?\{ ?(-?\d{1,50}) ?\} ?\{ ?(-?\d{1,50}) ?\}|(\d)(\d))")
-_LATEX_COMMA = re.compile(r"\{,\}|\\[!,;]")
+# A sign, perhaps before a currency; the whole part of "3 1/2"; digits; a denominator. The look-behinds keep the
+# minus of "7-3" from becoming a sign, and the 1 of "x_1" or the 3 of "1.2.3" from being a number.
+_NUMBER = re.compile(
+    r"(?<![A-Za-z\d])(?<!\d\.)(?<![A-Za-z\d]_)"
+    rf"(?:([-+])(?:\\?[$€£¥])?)?(?:(\d{{1,20}}){_BLANK}(?=\d{{1,50}}/))?({_DIGITS})(?:{_BLANK}?/{_BLANK}?(-?{_DIGITS}))?"
+)
+_NUMBER_FIRST = re.compile(rf"[^\w\n]{{0,9}}{_DIGITS}(?![.):]\W{{0,9}}[^\W\d])")  # not the "1. Buy apples" of a heading
+_ARGUMENT = rf"{_BLANK}?(?:\{{ ?(-?{_DIGITS}) ?\}}|(\d))"
+_LATEX = (
+    (re.compile(r"(?<=[A-Za-z})]) ?\^(?:\{-?\d{1,3}\}|\d)"), ""),  # the power of a unit or a variable
+    (re.compile(rf"(?<=\d)(?:{_BLANK}|\\[,;! ])?(?=\\[dtc]?frac)"), " "),
+    (re.compile(rf"\\[dtc]?frac{_ARGUMENT}{_ARGUMENT}"), r"\1\2/\3\4 "),
+)
+"""What to replace, in this order, for all of a number to be plain: 3\\frac12 is "3 1/2"."""
 _LETTER = re.compile(r"[(\s.*]*(?:\\text(?:bf)?\{)?[(\s.*]*([A-Z])[)\s.*}]*")
 _NAMED_LETTER = re.compile(r"\b(?i:answer|choice|option)\W{0,10}(?i:is|:)?\W{0,10}([A-Z])\b(?!['\u2019])")
 _BRACKETED_LETTER = re.compile(r"\(([A-Z])\)")
@@ -122,7 +134,9 @@ def same_text(reference: str, text: str) -> bool | None:
 def final_number(text: str) -> Fraction | None:
     """The number that a text gives as its answer, or None."""
     text = answer_part(text).translate(_SIGNS)
-    marked = _marked(text)
+    for pattern, plain in _LATEX:
+        text = pattern.sub(plain, text)
+    marked = _marked(text, _NUMBER_FIRST.match)
     return _last_number(text if marked is None else marked)
 
 
@@ -146,8 +160,9 @@ def answer_part(text: str) -> str:
     return text.partition(_THOUGHT)[0]
 
 
-def _marked(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, or else of the last `#### ...`; None where there is neither."""
+def _marked(text: str, is_answer: Callable[[str], object] = bool) -> str | None:
+    r"""The content of the last \boxed{...}, or else of the last `#### ...` that is an answer and no heading."""
+    text = _EMPTY_BOX.sub("", text)
     start = max(text.rfind(box) + len(box) if box in text else -1 for box in _BOXES)
     if start >= 0:
         depth = 1
@@ -155,29 +170,23 @@ def _marked(text: str) -> str | None:
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 return text[start:i]
-    hashes = _HASHES.findall(text)
-    return hashes[-1] if hashes else None
+    return next(filter(is_answer, reversed(_HASHES.findall(text))), None)
 
 
 def _last_number(text: str) -> Fraction | None:
-    text = _FRACTION.sub(_as_quotient, _LATEX_COMMA.sub(_keep_comma, text))
     numbers = _NUMBER.findall(text)
     if not numbers:
         return None
+    sign, whole, top, bottom = numbers[-1]
     try:
-        return Fraction(numbers[-1].replace(",", ""))
-    except (ValueError, ZeroDivisionError):
+        size = int(whole or 0) + _as_fraction(top) / _as_fraction(bottom or "1")
+    except ZeroDivisionError:
         return None
+    return -size if sign == "-" else size
 
 
-def _keep_comma(found: re.Match[str]) -> str:
-    return "," if found[0] == "{,}" else ""
-
-
-def _as_quotient(found: re.Match[str]) -> str:
-    r"""\frac{a}{b} as "a/b", and 3\frac{1}{2} as "7/2"."""
-    whole, top, bottom = int(found[1] or 0), int(found[2] or found[4]), int(found[3] or found[5])
-    return f"{whole * bottom + top}/{bottom}"
+def _as_fraction(digits: str) -> Fraction:
+    return Fraction(re.sub(r"[^-\d.]", "", digits))
 
 
 def _plain(text: str) -> str:
