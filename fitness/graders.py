@@ -55,8 +55,14 @@ _LATEX = (
     (re.compile(rf"\\[dtc]?frac{_ARGUMENT}{_ARGUMENT}"), r"\1\2/\3\4 "),
 )
 """What to replace, in this order, for all of a number to be plain: 3\\frac12 is "3 1/2"."""
-_LETTER = re.compile(r"[(\s.*]*(?:\\text(?:bf)?\{)?[(\s.*]*([A-Z])[)\s.*}]*")
-_NAMED_LETTER = re.compile(r"\b(?i:answer|choice|option)\W{0,10}(?i:is|:)?\W{0,10}([A-Z])\b(?!['\u2019])")
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}")
+_LETTER = re.compile(r"\W{0,9}([A-Za-z])(?:\W*|[).:](?!.*\b[A-Z]\)).*)", re.DOTALL)  # "B", "(b)", "(B) 36", "B. 36"
+# Lower case only where it is no article or variable: in brackets, or at the end of a line or clause.
+_NAMED_LETTER = re.compile(
+    r"(?m)\b(?i:answer)\b(?:\W{1,10}(?i:is|choice|option)\b){0,3}\W{0,10}"
+    r"([A-Z]\b(?!['\u2019])|(?<!['\u2019])[a-z](?=\)|[^\w\n]{0,9}$|\.\s))"
+)
+_NAMED_OPTION = re.compile(r"\b(?i:choice|option)\W{0,10}(?i:is|:)?\W{0,10}([A-Z])\b(?!['\u2019])")
 _BRACKETED_LETTER = re.compile(r"\(([A-Z])\)")
 _NAMED_ANSWER = re.compile(r"(?i:\banswer(?: is|:))[ \t]*:?[ \t]*([^\n]*)")
 
@@ -106,13 +112,10 @@ def same_choice(reference: str, text: str) -> bool | None:
     r"""Compare the letter of an option ("B", "(B)", "b") with the one that a text settles on.
 
     Looked for in this order: the last \boxed{...}, the last `#### ...`, the last "answer is B" or "Answer: B",
-    the last "(B)", and a text that is a letter alone.
+    the last "option B", the last "(B)", and a text that is a letter alone ("b", "B. 36").
     """
     answer = final_choice(text)
-    expected = _LETTER.fullmatch(reference.strip().upper())
-    if answer is None:
-        return None
-    return expected is not None and answer == expected[1]
+    return None if answer is None else answer == _letter(reference)
 
 
 def same_text(reference: str, text: str) -> bool | None:
@@ -141,17 +144,15 @@ def final_number(text: str) -> Fraction | None:
 
 
 def final_choice(text: str) -> str | None:
-    """The letter that a text gives as its answer, or None."""
+    """The letter that a text gives as its answer, in upper case, or None."""
     text = answer_part(text)
-    marked = _marked(text)
+    marked = _marked(text, _letter)
     if marked is not None:
-        found = _LETTER.fullmatch(marked)
-        return found[1] if found else None
-    for pattern in (_NAMED_LETTER, _BRACKETED_LETTER):
+        return _letter(marked)
+    for pattern in (_NAMED_LETTER, _NAMED_OPTION, _BRACKETED_LETTER):
         if letters := pattern.findall(text):
-            return str(letters[-1])
-    found = _LETTER.fullmatch(text.strip()) if len(text) < 100 else None
-    return found[1] if found else None
+            return str(letters[-1]).upper()
+    return _letter(text) if len(text) < 100 else None
 
 
 def answer_part(text: str) -> str:
@@ -171,6 +172,12 @@ def _marked(text: str, is_answer: Callable[[str], object] = bool) -> str | None:
             if depth == 0:
                 return text[start:i]
     return next(filter(is_answer, reversed(_HASHES.findall(text))), None)
+
+
+def _letter(text: str) -> str | None:
+    """The letter of a text that names one option, in upper case."""
+    found = _LETTER.fullmatch(_WRAPPED.sub(r"\1", text))
+    return found[1].upper() if found else None
 
 
 def _last_number(text: str) -> Fraction | None:
