@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import re
+import string
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -64,7 +65,8 @@ _NAMED_LETTER = re.compile(
 )
 _NAMED_OPTION = re.compile(r"\b(?i:choice|option)\W{0,10}(?i:is|:)?\W{0,10}([A-Z])\b(?!['\u2019])")
 _BRACKETED_LETTER = re.compile(r"\(([A-Z])\)")
-_NAMED_ANSWER = re.compile(r"(?i:\banswer(?: is|:))[ \t]*:?[ \t]*([^\n]*)")
+_ANSWER_MARK = re.compile(r"(?i:#{4,}(?:[^\w\n]{0,4}(?:final )?answer\b)?|\banswer[*_]{0,4}(?: is\b|:)):?")
+_DRESS = string.whitespace + "\u00a0\"'`*$\u201c\u201d\u2018\u2019"  # what an answer may be wrapped in
 
 
 def get_grader(name: str) -> Grader:
@@ -98,8 +100,8 @@ def grade(grader: Grader, reference: str, completion: Completion) -> Verdict:
 def same_number(reference: str, text: str) -> bool | None:
     r"""Compare the number that a text ends on with the reference, as exact fractions.
 
-    Looked for in this order: the last \boxed{...}, the last `#### ...`, the last number of the text after
-    the thinking part.
+    Looked for in this order: the last \boxed{...}, the last `#### ...` that starts with a number, the last number
+    of the text after the thinking part.
     """
     answer = final_number(text)
     if answer is None:
@@ -111,8 +113,8 @@ def same_number(reference: str, text: str) -> bool | None:
 def same_choice(reference: str, text: str) -> bool | None:
     r"""Compare the letter of an option ("B", "(B)", "b") with the one that a text settles on.
 
-    Looked for in this order: the last \boxed{...}, the last `#### ...`, the last "answer is B" or "Answer: B",
-    the last "option B", the last "(B)", and a text that is a letter alone ("b", "B. 36").
+    Looked for in this order: the last \boxed{...}, the last `#### B`, the last "answer is B" or "Answer: B", the last
+    "option B", the last "(B)", and a text that is a letter alone ("b", "B. 36").
     """
     answer = final_choice(text)
     return None if answer is None else answer == _letter(reference)
@@ -121,17 +123,20 @@ def same_choice(reference: str, text: str) -> bool | None:
 def same_text(reference: str, text: str) -> bool | None:
     r"""Compare a text's answer with the reference, ignoring case, outer blanks, quotes and a full stop.
 
-    The answer is the last \boxed{...}, the last `#### ...`, what follows the last "answer is" or "Answer:", or
-    else the whole of what stands after the thinking part, or its last line.
+    The answer is the last \boxed{...}, or what follows the last `####`, "answer is" or "Answer:" (in the next line
+    with text where theirs has none), or else the whole of what stands after the thinking part, or its last line.
+    The brackets of a reference like "(A)" may be left out.
     """
     whole = answer_part(text).strip()
     if not whole:
         return None
-    marked = _marked(whole)
-    if marked is None and (named := _NAMED_ANSWER.findall(whole)):
-        marked = named[-1]
-    candidates = [whole, whole.splitlines()[-1]] if marked is None else [marked]
-    return _plain(reference) in map(_plain, candidates)
+    candidates = [whole, whole.splitlines()[-1]]
+    if (boxed := _boxed(whole)) is not None:
+        candidates = [boxed]
+    elif marks := [*_ANSWER_MARK.finditer(whole)]:
+        candidates = [whole[marks[-1].end() :].lstrip(_DRESS).partition("\n")[0]]
+    brackets = "()" if _BRACKETED_LETTER.fullmatch(reference) else ""
+    return _plain(reference).strip(brackets) in [_plain(candidate).strip(brackets) for candidate in candidates]
 
 
 def final_number(text: str) -> Fraction | None:
@@ -161,8 +166,14 @@ def answer_part(text: str) -> str:
     return text.partition(_THOUGHT)[0]
 
 
-def _marked(text: str, is_answer: Callable[[str], object] = bool) -> str | None:
+def _marked(text: str, is_answer: Callable[[str], object]) -> str | None:
     r"""The content of the last \boxed{...}, or else of the last `#### ...` that is an answer and no heading."""
+    boxed = _boxed(text)
+    return next(filter(is_answer, reversed(_HASHES.findall(text))), None) if boxed is None else boxed
+
+
+def _boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} that has any."""
     text = _EMPTY_BOX.sub("", text)
     start = max(text.rfind(box) + len(box) if box in text else -1 for box in _BOXES)
     if start >= 0:
@@ -171,7 +182,7 @@ def _marked(text: str, is_answer: Callable[[str], object] = bool) -> str | None:
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 return text[start:i]
-    return next(filter(is_answer, reversed(_HASHES.findall(text))), None)
+    return None
 
 
 def _letter(text: str) -> str | None:
@@ -197,4 +208,4 @@ def _as_fraction(digits: str) -> Fraction:
 
 
 def _plain(text: str) -> str:
-    return text.strip().strip("\"'`*$").strip().rstrip(".").strip().casefold()
+    return _WRAPPED.sub(r"\1", text).lstrip(_DRESS).rstrip(_DRESS + ".").casefold()

@@ -173,6 +173,34 @@ def test_choices(text, letter):
         ("No", "", None),
         ("No", "<think>No</think>  ", None),
         ("a b", "Answer: a b", True),
+        ("No", "The answer is **No**.", True),
+        ("No", "The answer is 'No'.", True),
+        ("No", 'The answer is "No."', True),
+        ("No", "The answer is \u201cNo\u201d.", True),
+        ("No", "The answer is:\n\nNo", True),
+        ("No", "The answer is:\n\nYes", False),
+        ("False", "Answer:\nFalse", True),
+        ("No", "**Answer**: No", True),
+        ("No", "**Final Answer:**\n\n**No**", True),
+        ("No", "The answer is:\n$$\nNo\n$$", True),
+        ("No", "The answer is $\\text{No}$.", True),
+        ("No", "The answer is:", False),
+        ("No", "The answer isn't clear.\nNo", True),
+        ("No", "The answer is Yes.\nThe answer is No.", True),
+        ("No", "#### Step 1: walk\nThe answer is No.", True),
+        ("No", "#### The answer is No", True),
+        ("No", "#### Final Answer\nNo", True),
+        ("No", "#### No\n\nYes, surely", True),
+        ("No", "\\boxed{\\text{No.}} \\boxed{}", True),
+        ("No", "\\boxed{\\textbf{No}}", True),
+        ("No", "\\boxed{\\mathrm{No}}", True),
+        ("(A)", "\\boxed{A}", True),
+        ("(A)", "\\boxed{\\text{(A)}}", True),
+        ("(A)", "The answer is **A**.", True),
+        ("(A)", "\\boxed{B}", False),
+        ("(a b)", "\\boxed{a b}", False),
+        ("] )", "]", False),
+        (".5", "5", False),
     ],
 )
 def test_texts(reference, text, same):
@@ -299,5 +327,9 @@ def test_every_real_answer_is_right_in_many_dresses_and_the_next_one_is_not(file
         dresses = [f"\\boxed{{{row['answer']}}}", f"#### {row['answer']}", f"<think>9 (Q)</think>{row['answer']}"]
         for text in dresses:
             assert grader(row["answer"], text) is True, (row["answer"], text)
+        if grader is same_text:
+            for text in (f"The answer is **{row['answer']}**.", f'Answer:\n\n"{row["answer"]}."'):
+                assert grader(row["answer"], text) is True, (row["answer"], text)
+                assert grader(other["answer"], text) is (row["answer"] == other["answer"]), (other["answer"], text)
         if row["answer"].casefold() != other["answer"].casefold() and not str(other["answer"]).endswith(row["answer"]):
             assert grader(row["answer"], dresses[0].replace(row["answer"], other["answer"])) is not True
