@@ -4,7 +4,7 @@ One sqlite file. sqlite brings what a log of our own would have to prove: a comm
 any `kill -9`, a torn write is rolled back at the next open, readers (status, tracker) need no lock.
 Triggers refuse to change or delete a row. Nothing is pickled: arrays are raw little-endian rows.
 
-Tables: `meta` (format, config, digests of what the run must not change under), `problems`, `asks`, `evaluations`,
+Tables: `meta` (format, id, config, digests of what the run must not change under), `problems`, `asks`, `evaluations`,
 `outcomes` (of single problems).
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ class Ledger:
         ledger = cls(_connect(folder / FILE, mode="rwc"))
         with ledger._writing():
             ledger._db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + _APPEND_ONLY)  # one transaction, all or nothing
-            values = {"format": FORMAT, "created": time.time(), **meta}
+            values = {"format": FORMAT, "id": uuid.uuid4().hex, "created": time.time(), **meta}
             ledger._db.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in values.items()])
             rows = [(str(split), json.dumps(list(ids))) for split, ids in problems.items()]
             ledger._db.executemany("INSERT INTO problems VALUES (?, ?)", rows)
@@ -217,6 +218,11 @@ class Ledger:
         """Set a value that may change (the budget, the state); all else only ever grows."""
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    @property
+    def id(self) -> str:
+        """What its search is known by elsewhere: the same at every sitting, and wherever the folder lies."""
+        return str(self.meta("id") or self.meta("created"))  # a ledger of an earlier version has no id
 
     def problem_ids(self, split: Split) -> list[str]:
         """Ids of a split's problems, in order."""

@@ -82,10 +82,14 @@ def test_parents_may_move(tmp_path):
         for name in ("reasoner", "concise", "base"):
             shutil.copytree(CHIMERA / name, tmp_path / place / name)
     Search.from_yaml(write_config(tmp_path, parents=tmp_path / "old", candidates=3), tmp_path / "run").run()
+    with closing(Ledger.open(tmp_path / "run", read_only=True)) as ledger:
+        id = ledger.id
     shutil.rmtree(tmp_path / "old")
     search = Search.from_yaml(write_config(tmp_path, parents=tmp_path / "new", candidates=4), tmp_path / "run")
     search.run()
     assert len(entries_of(search)) == 4
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        assert ledger.id == id
     assert (Search.open(search.folder).export("reasoner", tmp_path / "out") / "config.json").is_file()
 
 

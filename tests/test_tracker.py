@@ -263,6 +263,27 @@ def test_told_as_it_happened_is_as_told_at_the_end(client, moe_parents, tmp_path
     assert [step for step, _, _ in history(client, top, "front/size")] == [0, 1, 2]  # 3 may be completed later
 
 
+def test_a_search_stays_one_run_when_its_config_changes(client, moe_parents, tmp_path, uri, monkeypatch):
+    """What may change between sittings: the budget, how it is computed, where the parents lie."""
+    monkeypatch.setattr("evo.tracking.mlflow_store.front_pixels", lambda *_, **__: np.zeros((9, 9, 3), np.uint8))
+    moved = {name: shutil.copytree(path, tmp_path / "moved" / name) for name, path in moe_parents.items()}
+    run = SyntheticRun(tmp_path / "changed", config_of(moe_parents, budget={"candidates": N_FIRST + POPULATION}))
+    run.first()
+    run.generation()
+    Replay(run.folder, Target(uri, "changed")).attempt(running=False)
+    changes = {"engine": {"max_tokens": 110, "threads": 1}, "memory": {"residency": "disk"}}
+    later = config_of(moved, budget={"candidates": N_FIRST + 2 * POPULATION}, **changes).model_dump(mode="json")
+    with closing(Ledger.open(run.folder)) as ledger:
+        ledger.set_meta("config", later)
+        ledger.set_meta("budget", later["budget"])
+    run.generation()
+    Replay(run.folder, Target(uri, "changed")).attempt(running=False)
+    Replay(copy_of(run, tmp_path / "copy"), Target(uri, "changed, at once")).attempt(running=False)
+    assert everything(client, "changed") == everything(client, "changed, at once")
+    top, _ = runs_of(client, "changed")
+    assert [step for step, _, _ in history(client, top, "front/size")] == [0, 1, 2]
+
+
 def test_nothing_new_asks_nothing_of_the_store(run, whole, uri, monkeypatch):
     replay = Replay(run.folder, Target(uri, "whole"))
     replay.attempt(running=True)

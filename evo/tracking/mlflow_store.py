@@ -10,7 +10,6 @@ mlflow is imported when a store is opened, never before: the process that does i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,14 +37,15 @@ _CHILD_METRICS = ("accuracy", "accuracy_stderr", "tokens_mean", "tokens_mean_std
 class MlflowStore:
     """The run of one search in a tracking store."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str, config: Config, created: float) -> None:
+    def __init__(self, folder: Path, uri: str, experiment: str, config: Config, id: str, created: float) -> None:
         """Find the run, or make it.
 
         Args:
             folder: of the search.
             uri: of the tracking store.
             experiment: its name; made if it is not there.
-            config: of the search.
+            config: of the search, as it is now; much of it may change between sittings.
+            id: of the search, which never changes.
             created: when it started, in seconds since 1970.
         """
         from mlflow import MlflowClient
@@ -53,9 +53,8 @@ class MlflowStore:
         self._client = MlflowClient(tracking_uri=uri)
         self._folder, self._config = folder.resolve(), config
         self.experiment_id = self._find_experiment(uri, experiment)
-        key = _run_key(config, created)
-        found = next(self._runs(f"tags.`{RUN_TAG}` = '{key}'"), None)
-        self.run_id: str = found.info.run_id if found else self._create(folder.name, created, {RUN_TAG: key})
+        found = next(self._runs(f"tags.`{RUN_TAG}` = '{id}'"), None)
+        self.run_id: str = found.info.run_id if found else self._create(folder.name, created, {RUN_TAG: id})
         files = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
         self._images = {_image_place(path) for path in files if "compressed" in path}  # written last
         self._describe(found.data.params if found else {})
@@ -164,12 +163,6 @@ class MlflowStore:
             if entry is not None and entry.summary:
                 metrics = {prefix + key: entry.summary[key] for key in _CHILD_METRICS}
                 self._log(run_id, metrics, _ms(entry.time), 0)
-
-
-def _run_key(config: Config, created: float) -> str:
-    """What a search is known by in MLflow, wherever its folder lies."""
-    data = json.dumps([created, config.model_dump(mode="json")], sort_keys=True)
-    return hashlib.sha256(data.encode()).hexdigest()[:16]
 
 
 def _artifacts_beside(uri: str) -> str | None:

@@ -111,6 +111,7 @@ class Replay:
             if running and self._report and seq == self._seq:
                 return self._report
             record, meta = Record.read(ledger), {key: ledger.meta(key) for key in ("config", "created", "digests")}
+            meta["id"] = ledger.id
         try:
             self._report = self._replay(record, meta, seq, running)
         except BaseException:
@@ -126,7 +127,8 @@ class Replay:
 
         config = Config.model_validate(meta["config"])
         if self._store is None:
-            self._store = MlflowStore(self._folder, self._target.uri, self._target.experiment, config, meta["created"])
+            uri, experiment = self._target.uri, self._target.experiment
+            self._store = MlflowStore(self._folder, uri, experiment, config, meta["id"], meta["created"])
         store, offset = self._store, Offset.load(self._folder)
         place = (self._target.digest, store.experiment_id, store.run_id)
         if offset is None or (offset.target, offset.experiment_id, offset.run_id) != place:
