@@ -94,6 +94,17 @@ def test_the_record_of_generations_ends_with_the_front_and_the_spend(runs, histo
     assert not [generation for generation in record.generations(running=True) if generation.index == last.index]
 
 
+def test_who_went_on_is_neither_parked_nor_saved_in_the_last_generation_as_in_status(runs, capsys):
+    print_status(runs["parked"].folder)
+    with closing(Ledger.open(runs["parked"].folder, read_only=True)) as ledger:
+        n_first, generations = sum(e.parked for e in ledger.entries(Split.SEARCH)), [*Record.read(ledger).generations()]
+    proxy = {name: round(generations[-1].metrics[f"proxy/{name}"]) for name in ("parked", "stopped", "collapsed")}
+    assert 0 < proxy["parked"] < n_first
+    told = "{parked} parked, {stopped} stopped in the race, {collapsed} collapsed".format(**proxy)
+    saved = round(generations[-1].metrics["proxy/tokens_saved"])
+    assert f"{told}; about {saved:,} tokens" in capsys.readouterr().out
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, runs):
     """Killed right after a candidate went on, and while one does."""
 

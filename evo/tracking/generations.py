@@ -104,10 +104,12 @@ class Record:
             batches[self.asks[entry.candidate_id].generation].append(entry)
         evaluated: dict[int, Row] = {}
         kept: tuple[Row, ...] = ()  # all that the next front can depend on
-        spent, done, parked = _spent((), ()), 0, False
+        standing: dict[int, Entry] = {}  # candidate id -> the evaluation that holds
+        spent, done, parked, proxied = _spent((), ()), 0, False, False
         for index, batch in batches.items():
             complete, following = len(batch) == len(asked[index]), asked.get(index + 1)
             parked |= any(entry.parked for entry in batch)
+            proxied |= any(entry.status is Status.PARTIAL for entry in batch)
             closed = complete and (following or not parked)
             if not batch or not (closed or (self.finished and not running)):
                 return
@@ -122,21 +124,17 @@ class Record:
             kept = (*front.parents, *front.baselines, *front.members)
             whole = replace(front, evaluated=tuple(row for _, row in sorted(evaluated.items())))
             last = max(entry.time for entry in (*batch, *later))
-            yield Generation(index, last, complete, whole, _metrics(front, batch, spent, self.objectives))
-
-
-def _metrics(
-    front: Front, batch: Sequence[Entry], spent: dict[str, float], objectives: Sequence[str]
-) -> dict[str, float]:
-    return {
-        "front/hypervolume": front.hypervolume,
-        "front/size": float(len(front.members)),
-        **_best(front),
-        **_of_batch(batch),
-        **_of_proxy(batch, objectives),
-        **_pace(batch),
-        **{f"budget/{key}": value for key, value in spent.items()},
-    }
+            standing |= {entry.candidate_id: entry for entry in (*batch, *later)}
+            metrics = {
+                "front/hypervolume": front.hypervolume,
+                "front/size": float(len(front.members)),
+                **_best(front),
+                **_of_batch([standing[entry.candidate_id] for entry in batch]),
+                **(_of_proxy(list(standing.values()), self.objectives) if proxied else {}),
+                **_pace(batch),
+                **{f"budget/{key}": value for key, value in spent.items()},
+            }
+            yield Generation(index, last, complete, whole, metrics)
 
 
 def _best(front: Front) -> dict[str, float]:
@@ -171,11 +169,12 @@ def _of_batch(batch: Sequence[Entry]) -> dict[str, float]:
     return found
 
 
-def _of_proxy(batch: Sequence[Entry], objectives: Sequence[str]) -> dict[str, float]:
-    """What became of those that were not asked everything; of parked ones the means that are estimated."""
-    stopped = [entry for entry in batch if entry.status is Status.PARTIAL]
-    if not stopped:
-        return {}
+def _of_proxy(standing: Sequence[Entry], objectives: Sequence[str]) -> dict[str, float]:
+    """Of all so far that have not been asked everything, those that go on later no longer among them.
+
+    Of parked ones the means that are estimated.
+    """
+    stopped = [entry for entry in standing if entry.status is Status.PARTIAL]
     parked = [entry for entry in stopped if entry.parked]
     n_collapsed = sum(entry.collapsed for entry in stopped)
     estimates = [entry.losses for entry in parked if entry.losses is not None]

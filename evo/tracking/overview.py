@@ -93,7 +93,7 @@ def _footer(folder: Path) -> list[str]:
         "",
         f"Metrics: `best/tokens` is the fewest mean tokens on the front at the best parent's accuracy less "
         f"{100 * TOLERANCE:g} points; `knee/` is the member nearest to no errors and no tokens; `gen/` is the "
-        "generation alone. Child runs are the front's members, each with its `recipe.yaml`.",
+        "generation alone, `proxy/` all up to it. Child runs are the front's members, each with its `recipe.yaml`.",
     ]
 
 
