@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -32,7 +33,7 @@ def hold(folder: Path) -> Iterator[None]:
         raise BusyError(f"{folder} is not a folder: expected a new one, or that of a run") from None
     lock = filelock.FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=1)  # `status` holds it for an instant when it looks
+        lock.acquire(timeout=1)  # `status` shares it for an instant when it looks
     except filelock.Timeout:
         raise BusyError(
             f"another process works on {folder} ({holder(folder)}): wait for it, or end it with "
@@ -49,15 +50,24 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether some process is working on a run."""
-    if not (folder / LOCK_FILE).exists():
-        return False
-    lock = filelock.FileLock(folder / LOCK_FILE)
+    """Whether some process is working on a run.
+
+    The lock is only shared, so that two who look do not take each other for one who works, and its file only read, so
+    that a folder that cannot be written is answered, too.
+    """
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+        with open(folder / LOCK_FILE, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # filelock's is an exclusive one of the same kind
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
-    lock.release()
+    except OSError:  # the disk knows no such locks, where filelock has another way
+        try:
+            with filelock.FileLock(folder / LOCK_FILE, timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
     return False
 
 
