@@ -351,6 +351,15 @@ def test_no_tracking_starts_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_log_that_cannot_be_written_is_named_and_stops_no_search(run, tmp_path):
+    folder = copy_of(run, tmp_path / "closed")
+    (folder / tracker.LOG_FILE).mkdir()
+    with pytest.raises(tracker.TrackerError, match=r"talk to MLflow: .*directory: '.*tracker\.log'"):
+        tracker.sync(folder, NOWHERE)
+    with tracker.following(folder, Tracking(uri=NOWHERE)):
+        pass
+
+
 def test_no_run(tmp_path):
     with pytest.raises(LedgerError, match="no run in"):
         tracker.sync(tmp_path)

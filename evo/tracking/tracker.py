@@ -88,7 +88,9 @@ def following(folder: Path, tracking: Tracking) -> Iterator[None]:
 
     Leaving it takes as long as the last attempt, at most DRAIN_SECONDS.
     """
-    process = _start(folder, tracking.uri, tracking.experiment, "follow") if tracking.enabled else None
+    process = None
+    with contextlib.suppress(OSError):  # no memory, no processes, no disk: the search is worth more than its tracking
+        process = _start(folder, tracking.uri, tracking.experiment, "follow") if tracking.enabled else None
     try:
         yield
     finally:
@@ -109,9 +111,10 @@ def sync(folder: Path, uri: str | None = None, experiment: str | None = None) ->
         LedgerError: if there is no run in the folder.
     """
     Ledger.open(folder, read_only=True).close()
-    process = _start(folder, uri, experiment or Tracking().experiment, "sync")
-    if process is None:
-        raise TrackerError("no process could be started to talk to MLflow")
+    try:
+        process = _start(folder, uri, experiment or Tracking().experiment, "sync")
+    except OSError as error:
+        raise TrackerError(f"no process could be started to talk to MLflow: {error}") from error
     try:
         out, _ = process.communicate()
     finally:
@@ -125,22 +128,19 @@ def sync(folder: Path, uri: str | None = None, experiment: str | None = None) ->
     return Report(**answer)
 
 
-def _start(folder: Path, uri: str | None, experiment: str, mode: str) -> subprocess.Popen[bytes] | None:
+def _start(folder: Path, uri: str | None, experiment: str, mode: str) -> subprocess.Popen[bytes]:
     """A session of its own keeps Ctrl-C in a terminal away from it; the end of its stdin tells it to end."""
     target = json.dumps({"uri": uri or default_uri(folder), "experiment": experiment})
     environment = {**_ENVIRONMENT, **os.environ, "MLFLOW_ENABLE_ASYNC_LOGGING": "false", _TARGET: target}
-    try:
-        with open(folder / LOG_FILE, "ab") as errors:
-            return subprocess.Popen(
-                [sys.executable, "-m", "evo.tracking.tracker", str(folder.resolve()), mode],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if mode == "sync" else subprocess.DEVNULL,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,
-            )
-    except OSError:  # no memory, no processes, no disk: the search is worth more than its tracking
-        return None
+    with open(folder / LOG_FILE, "ab") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "evo.tracking.tracker", str(folder.resolve()), mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if mode == "sync" else subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def _finish(process: subprocess.Popen[bytes]) -> None:
