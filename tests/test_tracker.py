@@ -1,5 +1,6 @@
 """Tracking: what MLflow holds is what the ledger says, however often and after whatever failure it is told."""
 
+import itertools
 import json
 import os
 import shutil
@@ -282,6 +283,16 @@ def test_a_search_stays_one_run_when_its_config_changes(client, moe_parents, tmp
     assert everything(client, "changed") == everything(client, "changed, at once")
     top, _ = runs_of(client, "changed")
     assert [step for step, _, _ in history(client, top, "front/size")] == [0, 1, 2]
+
+
+def test_no_run_ends_before_it_starts_when_the_clock_is_put_back(client, moe_parents, tmp_path, uri, monkeypatch):
+    run, now = SyntheticRun(tmp_path / "back", config_of(moe_parents)), time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", itertools.count(now - 3600, -1).__next__)
+        run.first()
+    Replay(run.folder, Target(uri, "back")).attempt(running=False)
+    top, children = runs_of(client, "back")
+    assert children and all(one.info.start_time <= one.info.end_time for one in (top, *children.values()))
 
 
 def test_nothing_new_asks_nothing_of_the_store(run, whole, uri, monkeypatch):

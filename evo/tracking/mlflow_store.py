@@ -51,7 +51,7 @@ class MlflowStore:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
-        self._folder, self._config = folder.resolve(), config
+        self._folder, self._config, self._created = folder.resolve(), config, created
         self.experiment_id = self._find_experiment(uri, experiment)
         found = next(self._runs(f"tags.`{RUN_TAG}` = '{id}'"), None)
         self.run_id: str = found.info.run_id if found else self._create(folder.name, created, {RUN_TAG: id})
@@ -101,7 +101,8 @@ class MlflowStore:
             )
             pixels = front_pixels(front, title=f"{self._folder.name}: search and held-out scores", held_out=True)
             self._client.log_image(self.run_id, pixels, artifact_file="front_held_out.png")
-        self._client.set_terminated(self.run_id, _STATES[state], _ms(record.last_time))
+        end = max(self._created, record.last_time)  # a clock may be put back meanwhile
+        self._client.set_terminated(self.run_id, _STATES[state], _ms(end))
 
     def _find_experiment(self, uri: str, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)
@@ -155,7 +156,7 @@ class MlflowStore:
         self._log_scores(run_id, row)
         self._client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
         self._client.log_text(run_id, samples_page(row), "samples.md")
-        self._client.set_terminated(run_id, "FINISHED", _ms(row.search.time))
+        self._client.set_terminated(run_id, "FINISHED", _ms(max(row.ask.time, row.search.time)))
 
     def _log_scores(self, run_id: str, row: Row) -> None:
         self._client.set_tag(run_id, _NOTE_TAG, member_page(row, self._folder))
