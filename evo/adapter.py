@@ -118,7 +118,7 @@ class Adapter(Checkpoint):
         transposed = self._is_transposed(name)
         factor = super().tensor(self._factors[name]["A" if (side == "right") != transposed else "B"]).double()
         if side == "left":
-            factor *= self._scales[name]
+            factor = factor * self._scales[name]
         factor = fixed_point(factor.T if transposed else factor, 1 if side == "left" else 0)
         return (factor if cut is None else factor[cut]).contiguous()
 

@@ -101,6 +101,16 @@ def test_an_adapter_is_its_base_and_a_scaled_product(base, settings, scale_of, t
     assert_close(read(base, adapter), expected_of(base, adapter, scale_of))
 
 
+def test_reading_changes_nothing(base, tmp_path):
+    """Factors in float64 are the file's own memory."""
+    adapter = make_adapter(tmp_path / "lora", base, 1)
+    factors = files_of(adapter)
+    save_file({k: t.double() for k, t in factors.items()}, adapter / "adapter_model.safetensors")
+    checkpoint, expected = read(base, adapter), expected_of(base, adapter, lambda module: 6 / 4)
+    for _ in range(2):
+        assert_close(checkpoint, expected)
+
+
 def test_fan_in_fan_out(base, tmp_path):
     """The weight is stored (in, out), as in GPT-2: a square one shows that the product is transposed."""
     adapter = make_adapter(tmp_path / "lora", base, 1)

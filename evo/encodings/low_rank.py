@@ -69,7 +69,10 @@ class LowRank:
 
 
 class LowRankSum:
-    """A matrix whose low-rank difference is added to a block when it is read: W + L @ R, both in fixed point."""
+    """A matrix whose low-rank difference is added to a block when it is read: W + L @ R.
+
+    L (R, r) and R (r, C) are float32 and in fixed point, see `fixed_point`.
+    """
 
     def __init__(self, base: Operand, left: Tensor, right: Tensor) -> None:
         self._base, self._left, self._right = base, left, right
