@@ -161,8 +161,10 @@ class Adapter(Checkpoint):
 
     def _ties(self, name: str, *, as_a_whole: bool) -> str | None:
         """What an adapter would untie by changing a tensor: a tied head, or, if it replaces it, its embedding."""
+        if not is_by_token(name):  # most are not, and the layout is long
+            return None
         heads = {part.tensor for part in self._base.layout.parts if part.role is Role.HEAD}
-        if heads - tied_heads(self._base).keys() or not is_by_token(name):
+        if heads - tied_heads(self._base).keys():
             return None
         if name in heads or name not in self._base.scored:
             return "a head that is tied to the embedding"

@@ -9,7 +9,7 @@ import numpy as np
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible, differing_settings
-from evo.components import component_options
+from evo.components import component_options, n_samples
 from evo.config import Config
 from evo.hub import origin
 from evo.merge import get_method
@@ -19,7 +19,7 @@ from evo.types import Candidate, Origin
 from evo.worker import Worker
 from fitness.engines import ENGINES
 from fitness.tasks import TASKS
-from fitness.types import Decoding, Task
+from fitness.types import Task
 from search_spaces import SPACES
 from search_spaces.genes import Gene, SearchSpace
 from search_spaces.grouped import Ingredients
@@ -91,7 +91,7 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
         max_tokens=config.engine.max_tokens,
         objectives=config.objectives,
         orderliness=config.orderliness,
-        samples=(options.get("decoding") or Decoding()).samples,
+        samples=n_samples(options),
         seed=config.seed,
     )
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from evo.config import Component, ConfigError
+from fitness.types import Decoding
 
 
 def component_options(component: Component, table: Mapping[str, str]) -> dict[str, Any]:
@@ -65,3 +66,9 @@ def validated(section: type[ComponentT], table: Mapping[str, str], values: Mappi
         ]
         raise ConfigError("\n".join(lines)) from None
     return component
+
+
+def n_samples(options: Mapping[str, Any]) -> int:
+    """Answers to each problem that an engine with these options gives."""
+    decoding: Decoding = options.get("decoding") or Decoding()
+    return decoding.samples

@@ -93,8 +93,9 @@ def check(config: Config) -> None:
         ConfigError: a line for every mistake.
     """
     data = config.model_dump()
-    if found := [*_not_finite(data), *_mistakes(config, _places(data))]:
-        raise ConfigError(listed(None, _places(data), found))
+    places = _places(data)
+    if found := [*_not_finite(data), *_mistakes(config, places)]:
+        raise ConfigError(listed(None, places, found))
 
 
 def _validated(data: Mapping[str, Any], folder: Path, lines: Mapping[Place, int], path: Path | None) -> Config:

@@ -74,7 +74,7 @@ class Told:
         return (*self.notes, summary(self.accounts), *self.of_mergekit)
 
 
-def export(run: Path, pick: str, out: Path, *, force: bool = False) -> Told:
+def export(run: Path, pick: str | int, out: Path, *, force: bool = False) -> Told:
     """Export a member of a run's front.
 
     Args:
@@ -193,7 +193,7 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 def _check_room(interface: Checkpoint, out: Path) -> None:
     """A merge takes hours for a large model: better to know now. What MXFP4 becomes is larger than its file."""
     there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
-    needed = sum((interface.path / file).stat().st_size for file in set(interface.weight_map.values()))
+    needed = sum(file.stat().st_size for file in interface.weight_files())
     needed += sum(
         math.prod(entry.shape) * 2 - sum(math.prod(interface.headers[piece].shape) for piece in entry.pieces)
         for entry in interface.entries.values()

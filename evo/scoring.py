@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from evo.checkpoint import Checkpoint
-from evo.components import component_options, validated
+from evo.components import component_options, n_samples, validated
 from evo.config import ConfigError, EngineConfig, TaskConfig
 from fitness.engines import ENGINES, what_is_missing
 from fitness.evaluator import Evaluator
 from fitness.orderliness import Orderliness
 from fitness.splits import problems_of
 from fitness.tasks import TASKS
-from fitness.types import Decoding, Engine, Split
+from fitness.types import Engine, Split
 from search_spaces.recipe import Recipe, Source
 
 
@@ -59,7 +59,7 @@ def score_checkpoint(
     resident = pkgutil.resolve_name(ENGINES[engine_config.kind])(str(checkpoint), **options)
     if is_quantised:
         _write(checkpoint, resident)
-    samples, found = (options.get("decoding") or Decoding()).samples, []
+    samples, found = n_samples(options), []
     for config, task, asked in zip(configs, built, problems, strict=True):
         evaluator = Evaluator(resident, task, engine_config.max_tokens, Orderliness(), samples, seed)
         score, _ = evaluator.evaluate(asked)

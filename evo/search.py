@@ -126,7 +126,7 @@ class Search:
         """Write a member of the front to disk as a checkpoint; see evo.export.export."""
         from evo.export import export
 
-        export(self.folder, str(pick), Path(out), force=force)
+        export(self.folder, pick, Path(out), force=force)
         return Path(out)
 
     @contextmanager

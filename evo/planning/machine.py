@@ -25,7 +25,7 @@ from evo.assemble import (
     search_problem,
 )
 from evo.checkpoint import Checkpoint
-from evo.components import component_options
+from evo.components import component_options, n_samples
 from evo.config import Config
 from evo.planning.batching import Batch
 from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, cache_token_bytes, model_bytes, text_config
@@ -38,7 +38,7 @@ from fitness.engines.memory import ROW_LOGIT_BYTES, anonymous_bytes, free_bytes,
 from fitness.engines.transformers import longest_prompt
 from fitness.engines.vllm import cache_bytes, share_of_memory
 from fitness.splits import problems_of
-from fitness.types import Decoding, Split, Task
+from fitness.types import Split, Task
 
 FRONT_SIZE = 8
 """Members of a front that are scored on held-out problems, as a guess."""
@@ -190,7 +190,7 @@ def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, option
     prompts = [task.prompt(problem) for found in problems.values() for problem in found]
     chat = {key: options[key] for key in ("system", "chat") if key in options}
     prompt = longest_prompt(str(checkpoints[config.interface_parent].path), prompts, **chat)
-    samples = (options.get("decoding") or Decoding()).samples
+    samples = n_samples(options)
     space = build_space(config, checkpoints)
     first, n = n_first(config, space), config.budget.candidates or CANDIDATES
     population = build_optimizer(config, search_problem(config, space)).batch_size

@@ -74,7 +74,8 @@ class Settings:
                 "set decoding.greedy to false, or samples to 1"
             )
         penalty = setting("repetition_penalty", 1.0)
-        idle = [name for name in ("temperature", "top_p", "top_k", "min_p") if getattr(decoding, name) is not None]
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        idle = [name for name in neutral if getattr(decoding, name) is not None]
         if greedy and idle and decoding.greedy is None:
             raise ValueError(
                 f"decoding sets {', '.join(idle)}, but the interface parent's generation config says do_sample: false, "
@@ -82,7 +83,6 @@ class Settings:
             )
         if greedy:
             return cls(True, repetition_penalty=penalty)
-        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         cuts = {name: setting(name, value) for name, value in neutral.items()}
         return cls(False, **cuts, repetition_penalty=penalty)
 
