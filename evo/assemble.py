@@ -107,12 +107,6 @@ def source_digests(config: Config) -> dict[str, str]:
     return {name: checkpoint.digest() for name, checkpoint in open_checkpoints(config.sources).items()}
 
 
-def file_stamps(config: Config) -> list[tuple[str, int, int]]:
-    """Size and time of every file of weights of a config: what shows at once that one has been written to."""
-    files = [file for folder in config.sources.values() for file in sorted(folder.glob("*.safetensors"))]
-    return [(str(file), status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
-
-
 def open_sources(config: Config) -> dict[str, Checkpoint]:
     """Open every checkpoint of a config and check that they can be merged.
 

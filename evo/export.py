@@ -28,6 +28,7 @@ from evo.in_place import beside
 from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.mergekit.writer import MERGEKIT_FILE, CannotSayError, write_mergekit
+from evo.stamps import Stamps
 from evo.vocabulary import common_rows
 from evo.weights import write_weights
 from search_spaces.recipe import Recipe
@@ -158,7 +159,7 @@ def write_checkpoint(
     """
     out = out.resolve()  # a link stays one
     _check_room(sources[recipe.interface], out)
-    stamps = {file: _stamp(file) for source in sources.values() for file in source.weight_files()}
+    stamps = Stamps.of_weights(sources.values())
     with _told_of_the_disk(out), beside(out, replace=force) as folder, _spared_the_collector():
         interface, rounding = sources[recipe.interface], Rounding()
         materializer = Materializer(sources)
@@ -173,21 +174,12 @@ def write_checkpoint(
         if rounding.errors:
             with (folder / "README.md").open("a") as readme:
                 readme.write(f"\n## Rounding\n\n{rounding.summary()}\n")
-        if changed := [str(file) for file, stamp in stamps.items() if _stamp(file) != stamp]:
+        if changed := stamps.changed():
             raise ExportError(
                 f"{changed[0]} has been written to, or replaced, while it was merged, so nothing of {out} is left. "
                 "Merge again once it stays as it is."
             )
     return told
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """What shows that a file has been written to or replaced; None if it is not there."""
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _check_room(interface: Checkpoint, out: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evo.assemble import build_optimizer, build_worker, file_stamps, first_candidates, recipe_sources, search_problem
+from evo.assemble import build_optimizer, build_worker, first_candidates, recipe_sources, search_problem
 from evo.config import Config
 from evo.constraints import violations
 from evo.history import History
@@ -20,6 +20,7 @@ from evo.ledger import EXACT, Ask, Entry
 from evo.optimizers import Optimizer, Outcome, Start
 from evo.proxy import Proxy
 from evo.run_folder import stop_requested
+from evo.stamps import Stamps
 from evo.types import Candidate, Evaluation, Origin, Status
 from evo.worker import Worker
 from fitness.proxy.trial import Trial
@@ -62,7 +63,7 @@ class Loop:
         folder: Path,
         history: History,
         digests: dict[str, str],
-        stamps: list[tuple[str, int, int]],
+        stamps: Stamps,
         space: SearchSpace,
         task: Task,
         watch: Watcher | None,
@@ -234,10 +235,10 @@ class Loop:
         if searched and self._config.proxy.enabled and trial is None:
             trial = self._proxy.trial()
         evaluation = worker.evaluate(candidate, split, compressed=compressed, trial=trial)
-        if file_stamps(self._config) != self._stamps:
+        if changed := self._stamps.changed():
             raise ResumeError(
-                f"the parents' files were written to while {ask.name!r} was evaluated, which is not recorded. What was "
-                "recorded before is of the files as they were: restore them, or start a new run in another folder."
+                f"{changed[0]} was written to, or replaced, while {ask.name!r} was evaluated, which is not recorded. "
+                "What was recorded before is of the file as it was: restore it, or start a new run in another folder."
             )
         if evaluation.status is Status.FAILED:
             self._blame(ask, evaluation)

@@ -24,7 +24,6 @@ from evo.assemble import (
     build_optimizer,
     build_space,
     build_task,
-    file_stamps,
     notes_on,
     open_sources,
     search_problem,
@@ -38,6 +37,7 @@ from evo.interrupts import interruptible
 from evo.ledger import Ledger
 from evo.loop import Loop, ResumeError, Watcher
 from evo.run_folder import hold, stop_requested
+from evo.stamps import Stamps
 from evo.tracking import tracker
 from fitness.splits import problems_of
 from fitness.types import Problem, Split, Task
@@ -138,8 +138,9 @@ class Search:
             raise TypeError(f"watch: expected a function that takes an evo.loop.Progress, got {watch!r:.100}")
         check(self.config)
         with hold(self.folder), interruptible():
-            stamps = file_stamps(self.config)
-            sources, digests, task = open_sources(self.config), source_digests(self.config), build_task(self.config)
+            sources = open_sources(self.config)
+            stamps = Stamps.of_weights(sources.values())
+            digests, task = source_digests(self.config), build_task(self.config)
             space = build_space(self.config, sources, digests)
             for note in notes_on(self.config, sources):
                 log.warning(note)

@@ -103,7 +103,7 @@ def test_parents_that_are_written_to_meanwhile(tmp_path):
             shard = next((tmp_path / "own" / "concise").glob("*.safetensors"))
             shard.write_bytes(shard.read_bytes()[:-1] + b"x")
 
-    with pytest.raises(ResumeError, match=r"files were written to while 'c3' was evaluated, which is not recorded"):
+    with pytest.raises(ResumeError, match=r"concise.*written to, or replaced, while 'c3' was evaluated, which is not"):
         search.run(spoil)
     assert [entry.candidate_id for entry in entries_of(search)] == [0, 1, 2]
 
