@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from evo.errors import said
 from evo.interrupts import interruptible
 
 app = typer.Typer(
@@ -305,7 +306,7 @@ def _readable_errors(debug: bool, *, again: str = "the same command goes on wher
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 

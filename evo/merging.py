@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from evo.encodings.plain import Plain
 from evo.holdings import matrix_of
 from evo.job import Job
 from evo.measured import Measured
+from evo.merge import Method
 from evo.merge.apply import PartMerge
 from evo.merge.blocks import Operand, Region
 from evo.merge.kernels import Fused
@@ -136,25 +138,28 @@ class Merger:
         """What a job makes of its sources, source(0) being the base, or of that region of them."""
         if job.method is None:
             return source(0).as_output(CHUNK_ELEMENTS)
-        method, (base, *donors) = job.method, self._operands(part, job, source, region)
-        operands = dict(zip(job.sources, (base, *donors), strict=True))
-        stats = self.measured.of(part, job, device, self._whole(part, job, device) if region else operands.__getitem__)
-        if method.copy_once_measured:
-            copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
-            self.copied.pop(part, None)
-            if copied is not None:
-                self.copied[part] = job.sources[copied]
-                return source(copied).as_output(CHUNK_ELEMENTS)
-        arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
-        keys = self._noise_keys(part, job) if method.random else ()
-        corner, width = self._place(part, region) if region else ((0, 0), None)
-        merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
-        output, shape, compiled = source(0).encoding.output, source(0).shape, merge.compiled()
-        self.n_compiled += compiled is not None
-        if compiled and isinstance(output, Plain):
-            return compiled
-        values, chunk = (compiled.block, COMPILED_ELEMENTS) if compiled else (merge.block, CHUNK_ELEMENTS)
-        return Stored(output, output.encode(shape, device, values, chunk, watch))
+        with _naming(part, job.method):
+            method, (base, *donors) = job.method, self._operands(part, job, source, region)
+            operands = dict(zip(job.sources, (base, *donors), strict=True))
+            stats = self.measured.of(
+                part, job, device, self._whole(part, job, device) if region else operands.__getitem__
+            )
+            if method.copy_once_measured:
+                copied = method.copy_once_measured(job.coefficients, stats=stats, **job.arguments)
+                self.copied.pop(part, None)
+                if copied is not None:
+                    self.copied[part] = job.sources[copied]
+                    return source(copied).as_output(CHUNK_ELEMENTS)
+            arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
+            keys = self._noise_keys(part, job) if method.random else ()
+            corner, width = self._place(part, region) if region else ((0, 0), None)
+            merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
+            output, shape, compiled = source(0).encoding.output, source(0).shape, merge.compiled()
+            self.n_compiled += compiled is not None
+            if compiled and isinstance(output, Plain):
+                return compiled
+            values, chunk = (compiled.block, COMPILED_ELEMENTS) if compiled else (merge.block, CHUNK_ELEMENTS)
+            return Stored(output, output.encode(shape, device, values, chunk, watch))
 
     def _operands(self, part: Part, job: Job, source: Callable[[int], Stored], region: Region | None) -> list[Operand]:
         """The base, then the donors: themselves, or what is left of them."""
@@ -186,3 +191,14 @@ class Merger:
     def _noise_keys(self, part: Part, job: Job) -> list[Key]:
         """A stream of random numbers for each donor."""
         return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
+
+
+@contextlib.contextmanager
+def _naming(part: Part, method: Method) -> Iterator[None]:
+    """Notes on errors what was merged and how: a method knows no names."""
+    try:
+        yield
+    except Exception as error:
+        if part.tensor not in str(error):
+            error.add_note(f"({part.tensor}, merge method {method.merge.__name__})")
+        raise

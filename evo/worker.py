@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evo import interrupts
+from evo.errors import said
 from evo.types import Candidate, Evaluation, Status
 from fitness.evaluator import Evaluator
 from fitness.objectives import losses
@@ -209,4 +210,4 @@ def _said(error: Exception) -> str:
     """
     if interrupts.pending():
         raise KeyboardInterrupt from error
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {said(error)}"

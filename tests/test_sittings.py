@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -9,12 +10,15 @@ from contextlib import closing
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from evo import Search
+from evo.cli import app
 from evo.config import Budget
 from evo.ledger import Ledger, LedgerError
 from evo.loop import ResumeError, SearchError
 from evo.materializer import Materializer
+from evo.merge import METHODS, Method, one_hot
 from evo.optimizers.random_search import RandomSearch
 from evo.terminal import front_table, print_ending, print_front, print_status
 from evo.tracking import tracker
@@ -22,6 +26,13 @@ from evo.types import Status
 from fitness.types import Split
 from tests.conftest import CHIMERA
 from tests.test_search import MAX_TOKENS, write_config
+
+
+def refuse(donors, base, coefficients):
+    raise ValueError("no, thanks")
+
+
+MINE = Method(refuse, copy_of=one_hot)
 
 
 def entries_of(search, split=Split.SEARCH):
@@ -159,6 +170,21 @@ class TestFailures:
         with pytest.raises(SearchError, match=r"the last 6 candidates all failed, this one with ValueError: collapsed"):
             search.run()
         assert [entry.status for entry in entries_of(search)] == [Status.DONE] * 3 + [Status.FAILED] * 6
+
+    def test_of_a_merge_method_name_the_tensor(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(METHODS, "mine", f"{__name__}:MINE")
+        monkeypatch.setattr("evo.loop.MOST_FAILURES", 1)
+        path = write_config(tmp_path)
+        path.write_text(path.read_text() + "space: {kind: block, method: mine}\n")
+        where = r"no, thanks \(\S+\.weight, merge method refuse\)"
+        with pytest.raises(SearchError, match=rf"with ValueError: {where}\. They are recorded"):
+            Search.from_yaml(path, tmp_path / "run").run()
+        rule = "{method: mine, coefficients: {donor: 0.5}}"
+        sources = f"{{donor: {{path: {CHIMERA}/reasoner}}, base: {{path: {CHIMERA}/concise}}}}"
+        path.write_text(f"version: 1\nsources: {sources}\nbase: base\ninterface: base\nrules: [{rule}]\n")
+        result = CliRunner().invoke(app, ["merge", str(path), "--out", str(tmp_path / "out")])
+        assert result.exit_code == 1 and re.search(rf"^error: {where}$", result.stderr, re.MULTILINE)
+        assert not (tmp_path / "out").exists()
 
     def test_to_write_are_told_and_lose_nothing(self, tmp_path):
         search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
