@@ -81,6 +81,16 @@ def test_e4m3_is_rounded_as_torch_does(device):
     assert found.float()[~number].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", kernels.WRITTEN)
+def test_what_is_not_a_number_stays_so(device, dtype):
+    """A GPU's arithmetic makes the first of these of what is none, a processor's the second; the rest are in files."""
+    nan = torch.tensor([0x7FFFFFFF, -0x400000, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    values, tape = torch.cat([nan, torch.tensor([1.0, -0.0])])[None].to(device), Tape()
+    fused = kernels._fused(tape, tape.key(tape.read(values)), dtype, [], True, 0)
+    found = found_by(fused).float()
+    assert found[: len(nan)].isnan().all() and found[len(nan) :].tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-38, 1e4])
 def test_same_bits_in_other_dtypes_and_at_both_ends_of_their_range(device, dtype, scale):

@@ -196,7 +196,7 @@ def to_float32(x):
 
 @triton.jit
 def to_bfloat16(x):
-    b = x.to(tl.uint32, bitcast=True)
+    b = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7fc00000)  # a GPU's NaN, 0x7fffffff, would become -0
     b = (b + 0x7fff + ((b >> 16) & 1)) >> 16
     return b.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
