@@ -15,7 +15,7 @@ from evo.assemble import open_sources
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
 from evo.config import Config
-from evo.encodings.low_rank import fixed_point
+from evo.encodings.low_rank import fixed_point, power_of_two
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
 from evo.shards import Shard
@@ -134,6 +134,11 @@ def test_products_have_the_same_bits_in_any_blocks_and_any_order(seed, n, rank):
     assert torch.equal(whole, left[:, order] @ right[order])
     assert torch.equal(whole, torch.stack([sum(x * y for x, y in zip(row, right, strict=True)) for row in left]))
     assert torch.equal(whole[n // 2], left[n // 2] @ right)
+
+
+def test_fixed_point_scales_by_powers_of_two_that_no_library_computes():
+    exponents = torch.arange(-1022, 1024, dtype=torch.int32)
+    assert power_of_two(exponents).tolist() == [2.0**exponent for exponent in exponents.tolist()]
 
 
 def test_fixed_point_is_close():

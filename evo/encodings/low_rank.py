@@ -100,4 +100,13 @@ def fixed_point(factor: Tensor, dim: int) -> Tensor:
     """
     factor = factor.double()
     exponent = torch.frexp(factor.abs().amax(dim, keepdim=True)).exponent - BITS
-    return torch.ldexp(torch.ldexp(factor, -exponent).round_(), exponent).float()
+    return (factor * power_of_two(-exponent)).round_().mul_(power_of_two(exponent)).float()
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Float64, by its bits: torch.ldexp takes a power in float32, of which a GPU promises all but the last bits.
+
+    Args:
+        exponent: whole numbers from -1022 to 1023.
+    """
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
