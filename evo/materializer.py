@@ -143,6 +143,7 @@ class Materializer:
                 self._write(part, job, target.slot, target.region)
                 written_bytes += target.slot.numel() * target.slot.element_size()
             self._written[part] = job.key
+        self._reader.prefetch(())  # lets go of the last part's copies
         n_compiled = self._merger.n_compiled - n_compiled
         n_skipped, seconds = len(jobs) - len(changed), time.perf_counter() - start
         errors = self._deltas.errors if self._deltas and compressed else {}

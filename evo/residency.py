@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ SHARE = 0.5
 """Of the free memory, how much sources may take where the choice is automatic; the rest is for generating."""
 
 _Key = tuple[Path, str, str]
-_Buffer = dict[tuple[_Key, int | None, torch.device], Tensor]
 
 
 class Residency(StrEnum):
@@ -97,6 +96,15 @@ class Piece:
         return kept if self.row is None else kept[self.row]
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """What a part's merge reads, on its way from pinned memory."""
+
+    tensors: dict[tuple[_Key, int | None, torch.device], Tensor] = field(default_factory=dict)
+    arrived: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
+    """By GPU: when all of them are there."""
+
+
 class Pieces:
     """Brings pieces to a device, and keeps them where its residency says.
 
@@ -107,7 +115,7 @@ class Pieces:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._kept: dict[_Key, Tensor] = {}
-        self._arriving: tuple[_Buffer, _Buffer] = ({}, {})
+        self._copies = _Copies(), _Copies()
         """What is merged now, and what is merged next."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -124,20 +132,29 @@ class Pieces:
         """A piece on a device. `keep` lets it stay for the next candidate."""
         if not keep:
             return piece.of(piece.holder.tensor(piece.name, piece.cut, check=piece.check)).to(device)
-        for arriving in self._arriving:
-            if (tensor := arriving.pop((piece.key, piece.row, device), None)) is not None:
-                self._receive(tensor)
+        for copies in self._copies:
+            if (tensor := copies.tensors.get((piece.key, piece.row, device))) is not None:
+                _receive(tensor, copies.arrived.get(device))
                 return tensor
         return piece.of(self._keep(piece, device)).to(device, non_blocking=True)
 
     def prefetch(self, wanted: Sequence[tuple[Piece, torch.device]]) -> None:
-        """Begin to copy from pinned memory what is wanted after the next reads."""
-        buffer: _Buffer = {}
+        """Begin to copy from pinned memory what is wanted after the next reads.
+
+        Waits until all that has been asked of a GPU so far is done: what has been merged makes room for these copies.
+        Else Python, which asks sooner than a GPU merges, would have the copies of a whole model there.
+        """
+        following = _Copies()
+        self._copies = self._copies[1], following
+        for device in self._streams:
+            torch.cuda.current_stream(device).synchronize()
         for piece, device in wanted:
-            host = piece.of(self._keep(piece, device))
-            with self._copying_to(device):
-                buffer[piece.key, piece.row, device] = host.to(device, non_blocking=True)
-        self._arriving = (self._arriving[1], buffer)
+            key = piece.key, piece.row, device
+            if key not in following.tensors:  # sources share what they are both adapters of
+                host = piece.of(self._keep(piece, device))
+                with self._copying_to(device):
+                    following.tensors[key] = host.to(device, non_blocking=True)
+        following.arrived.update({device: stream.record_event() for device, stream in self._streams.items()})
 
     def _copying_to(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if device.type != "cuda":
@@ -145,13 +162,6 @@ class Pieces:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._streams[device])
-
-    def _receive(self, tensor: Tensor) -> None:
-        """Let whoever merges wait for a copy, and the copy's memory for whoever merges."""
-        if tensor.device.type == "cuda":
-            merging = torch.cuda.current_stream(tensor.device)
-            merging.wait_stream(self._streams[tensor.device])
-            tensor.record_stream(merging)
 
     def _keep(self, piece: Piece, device: torch.device) -> Tensor:
         """The whole piece, where it lives."""
@@ -166,3 +176,11 @@ class Pieces:
             return read
         self._kept[piece.key] = read
         return read
+
+
+def _receive(tensor: Tensor, arrived: torch.cuda.Event | None) -> None:
+    """Let whoever merges wait for a copy, not for those after it, and the copy's memory for whoever merges."""
+    if arrived is not None:
+        merging = torch.cuda.current_stream(tensor.device)
+        merging.wait_event(arrived)
+        tensor.record_stream(merging)
