@@ -92,7 +92,8 @@ class Materializer:
             _check_complete(slots, first)
         self._targets = self._find_targets(slots or {})
         self._device = torch.device(device)
-        home = next((t.slot.device for targets in self._targets.values() for t in targets), self._device)
+        self._homes = {t.slot.device: None for targets in self._targets.values() for t in targets}
+        home = next(iter(self._homes), self._device)
         compression = parse(deltas)
         self._base = base if compression else None
         self._deltas = Deltas(compression) if compression else None
@@ -144,6 +145,7 @@ class Materializer:
                 written_bytes += target.slot.numel() * target.slot.element_size()
             self._written[part] = job.key
         self._reader.prefetch(())  # lets go of the last part's copies
+        _wait_for(self._homes)
         n_compiled = self._merger.n_compiled - n_compiled
         n_skipped, seconds = len(jobs) - len(changed), time.perf_counter() - start
         errors = self._deltas.errors if self._deltas and compressed else {}
@@ -193,6 +195,7 @@ class Materializer:
                 yield name, tensor
 
         load(counted())
+        _wait_for({self._device})
         n_compiled, seconds = self._merger.n_compiled - n_compiled, time.perf_counter() - start
         return UpdateReport(len(bytes_of), 0, n_compiled, sum(bytes_of), seconds)
 
@@ -293,6 +296,13 @@ class Materializer:
             for target in self._targets[part]:
                 for source in dict.fromkeys((*job.sources, *interface)):
                     yield source, part, target.slot.device, target.region
+
+
+def _wait_for(devices: Iterable[torch.device]) -> None:
+    """Until a merge is done: a GPU does later what it is asked, and what fails there is told then."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _named(name: str, stored: Stored) -> Iterator[tuple[str, list[Tensor | Fused]]]:

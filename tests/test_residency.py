@@ -100,7 +100,7 @@ def test_a_merge_waits_for_its_own_copies_and_python_for_merges(log, tmp_path):
     ]
 
 
-def test_a_write_holds_no_copies(log, moe_parents):
+def test_a_write_ends_when_the_gpu_has_merged_and_holds_no_copies(log, moe_parents):
     checkpoints = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
     entries, recipe = checkpoints["base"].entries, recipe_of(moe_parents, 0.25)
     expected = dict(Materializer(checkpoints).stream(recipe))
@@ -109,6 +109,7 @@ def test_a_write_holds_no_copies(log, moe_parents):
             slots = {name: torch.full(entry.shape, torch.nan, device=GPU) for name, entry in entries.items()}
             writer = Materializer(checkpoints, slots, residency=residency)
             writer.write(recipe.to_dict())
+        assert log[-1] == "Python waits for the GPU"
         assert not any(copies.tensors for copies in writer._pieces._copies)
         assert all(torch.equal(slots[name].host, expected[name].float()) for name in expected), residency
 
