@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda", 0)
@@ -44,6 +44,19 @@ class OnGpu(torch.Tensor):
     def record_stream(self, stream):
         """Whose memory is in no GPU's stream."""
 
+    def __getitem__(self, place):
+        if not _has_list(place):
+            return super().__getitem__(place)
+        with _disable_current_modes():  # torch would make the list a tensor without numbers
+            return OnGpu(self.host[place])
+
+    def __setitem__(self, place, value):
+        if _has_list(place):
+            with _disable_current_modes():
+                self.host[place] = value.host
+        else:
+            super().__setitem__(place, value)
+
     def tolist(self):
         return self.host.tolist()
 
@@ -52,11 +65,17 @@ class OnGpu(torch.Tensor):
         return _run(function, args, kwargs or {})
 
 
+def _has_list(place: Any) -> bool:
+    return any(isinstance(one, list) for one in (place if isinstance(place, tuple) else (place,)))
+
+
 class _Pretending(TorchDispatchMode):
     """What makes a tensor by itself makes it on the GPU, if that is asked for."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return _run(function, args, kwargs or {})
+        with self:  # in inference mode, operations that are made of others come whole
+            found = function.decompose(*args, **(kwargs or {}))
+        return _run(function, args, kwargs or {}) if found is NotImplemented else found
 
 
 class _Literals(TorchFunctionMode):
