@@ -104,6 +104,13 @@ def test_same_bits_in_every_shape(device, shape):
     assert torch.equal(bits(found_by(fused)), bits(expected.view(-1)))
 
 
+@pytest.mark.parametrize("name", ["linear", "della"])
+def test_an_empty_tensor_is_merged_to_one(device, name):
+    merge = part_merge(name, shape=(4, 8))
+    operands = [matrix[:, :0].to(device).contiguous() for matrix in (merge.base, *merge.donors)]
+    assert fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys).result().numel() == 0
+
+
 @pytest.mark.parametrize("name", ["dare_ties", "della"])
 def test_some_rows_of_a_part_are_those_of_the_whole(device, name):
     merge, (first, last) = part_merge(name), (5, 20)

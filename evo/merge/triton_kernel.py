@@ -100,6 +100,8 @@ class TritonKernel:
     def run(self, packed: tuple[Any, ...], out: Tensor, begin: int, n_columns: int) -> None:
         """See kernels.Loop; where rows have numbers of their own, the tensors and `out` start with whole rows."""
         first, arguments = packed
+        if not out.numel():
+            return
         begin, first_row = begin - first, first // n_columns
         end = begin + out.numel()
         if not self._has_rows:  # then all is one row, and no program has less to do than others
@@ -248,7 +250,7 @@ def add_product(x, left, right, n_columns, there, rank: tl.constexpr):
 def merge(out, begin, end, first, first_row, n_columns, n_pieces, {names}, N: tl.constexpr):
     # Elements begin to end - 1 of tensors whose first element and row have these numbers in the part.
     program = tl.program_id(0)
-    row = (begin // n_columns).to(tl.int64) + program // n_pieces
+    row = (begin // n_columns + program // n_pieces).to(tl.int64)
     column = (program % n_pieces).to(tl.int64) * N + tl.arange(0, N)
     at = row * n_columns + column
     there = (column < n_columns) & (at >= begin) & (at < end)
