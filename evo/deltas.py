@@ -101,7 +101,8 @@ class Absmax:
             band = torch.zeros(rows.stop - top, n_tiles * BLOCK, device=device)
             band[:, :n_columns] = delta((rows, slice(0, n_columns)))
             tiles = band.view(-1, n_tiles, BLOCK)
-            scales[rows] = tiles.abs().amax(2) / self.largest
+            extremes = tiles.abs().amax(2)
+            scales[rows] = extremes / torch.full_like(extremes, self.largest)  # not by a number: see evo.merge
             divisors = torch.where(scales[rows] > 0, scales[rows], 1.0)[..., None]
             numbers = (tiles / divisors).round_().clamp_(-self.largest, self.largest).to(torch.int8).flatten(1)
             codes[rows] = (numbers.view(torch.uint8) if self.bits == 8 else _pack(numbers))[:, : codes.shape[1]]

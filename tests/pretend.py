@@ -1,5 +1,5 @@
 """A GPU that is not there: tensors that say they are on one, keep their numbers in the host's memory, and refuse what a
-GPU refuses: to be computed with beside tensors of the host.
+GPU refuses: to be computed with beside tensors of the host. Divided by a number, they are rounded as on a GPU.
 """
 
 from __future__ import annotations
@@ -99,6 +99,9 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = [t for t in tensors if not isinstance(t, OnGpu) and t.ndim]
     if there and here and name not in _BETWEEN_DEVICES:
         raise RuntimeError(f"expected all tensors on one device: {name} of {[(t.device, t.shape) for t in tensors]}")
+    if there and name in ("div", "div_") and not isinstance(args[1], OnGpu):
+        inverse = 1.0 / torch.as_tensor(args[1], dtype=args[0].dtype)  # torch's kernel for CUDA multiplies by it
+        function, args = getattr(torch.ops.aten, name.replace("div", "mul")).Tensor, (args[0], inverse)
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs.pop("pin_memory", None)

@@ -5,7 +5,8 @@ first dimension (a vector is one row); a merge sees one block (r, c) of it, ever
 
 So that the same bits come out on a CPU and a GPU, and however a part is cut into blocks:
 - products and sums are separate operations, each rounded once, never a fused multiply-add;
-- a merge multiplies by `1.0 / x`, never divides by a number (CUDA would multiply by its reciprocal);
+- a merge multiplies by `1.0 / x`, never divides by a number (CUDA would multiply by its reciprocal); what is measured
+  beforehand divides by a tensor of it;
 - what depends on a whole part (a threshold, a norm) is measured beforehand, in `Measure`;
 - functions that libraries round differently (exp, log, acos) are taken in float64 while measuring.
 """

@@ -65,8 +65,8 @@ def ranks_by_magnitude(donors: Sequence[Tensor], base: Tensor) -> Stats:
     counts = torch.zeros(N_BUCKETS, dtype=torch.int64, device=base.device)
     for block in blocks(base, BLOCK_ELEMENTS):
         counts += torch.bincount(bucket(magnitude(block).mul_(inverse[block[0]])), minlength=N_BUCKETS)
-    ends = counts.cumsum(0).double()
-    return Stats(((ends - 0.5 * counts) / max(1, base.numel())).float(), inverse)
+    ranks = counts.cumsum(0).double() - 0.5 * counts
+    return Stats((ranks / torch.full_like(ranks, max(1, base.numel()))).float(), inverse)
 
 
 DELLA_LINEAR = Method(
