@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GenerationConfig, MistralConfig
 
+from evo.planning.machine import device_of
+from evo.planning.plan import PlanError
 from fitness.engines.columns import Columns
 from fitness.engines.memory import rows_that_fit
 from fitness.engines.sampling import Sampler, Settings, uniforms
@@ -228,6 +230,19 @@ class TestContext:
 
     def test_no_prompts(self, engine):
         assert engine.generate([], max_tokens=5) == []
+
+
+@pytest.mark.parametrize(
+    ("n", "device", "found"), [(0, "cuda", "no GPU"), (1, "cuda:1", "GPU 0 only"), (2, "cuda:2", "GPUs 0 to 1 only")]
+)
+def test_a_gpu_that_is_not_there(n, device, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+    with pytest.raises(ValueError, match=f"device '{device}' was asked for, but torch sees {found} here"):
+        TransformersEngine(str(tmp_path), device=device)
+    with pytest.raises(PlanError, match=f"engine.device is '{device}', but torch sees {found} here"):
+        device_of({"device": device})
+    assert device_of({"device": f"cuda:{n - 1}"}).index == n - 1 if n else device_of({}).type == "cpu"
 
 
 class TestBatchSize:

@@ -34,7 +34,7 @@ from evo.planning.ranks import rank_table
 from evo.planning.sources import Sources, used_sources
 from evo.planning.times import candidate_seconds, search_seconds, size, span
 from fitness.engines import ENGINES
-from fitness.engines.memory import ROW_LOGIT_BYTES, anonymous_bytes, free_bytes, rows_that_fit, total_bytes
+from fitness.engines.memory import ROW_LOGIT_BYTES, anonymous_bytes, free_bytes, missing_gpu, rows_that_fit, total_bytes
 from fitness.engines.transformers import longest_prompt
 from fitness.engines.vllm import cache_bytes, share_of_memory
 from fitness.splits import problems_of
@@ -163,14 +163,15 @@ def device_of(options: dict[str, Any]) -> torch.device:
     """Where the engine would put the model.
 
     Raises:
-        PlanError: if that is a GPU, and there is none.
+        PlanError: if that is a GPU that is not there.
     """
     asked = options.get("device", "auto")
-    if asked.startswith("cuda") and not torch.cuda.is_available():
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+    if missing := missing_gpu(device):
         raise PlanError(
-            f"engine.device is {asked!r}, but torch sees no GPU here: plan where the search will run, or with auto"
+            f"engine.device is {asked!r}, but torch sees {missing} here: plan where the search will run, or with auto"
         )
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+    return device
 
 
 def _context(interface: Checkpoint) -> int | None:

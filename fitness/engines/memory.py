@@ -16,6 +16,14 @@ BUFFER_FACTOR = 2.5
 """Of what is in use: a buffer of the cache grows to half as large again, and the old one is there while it does."""
 
 
+def missing_gpu(device: torch.device) -> str | None:
+    """What there is instead of a GPU; None where it is there, or none is meant."""
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" or (device.index or 0) < n:
+        return None
+    return f"GPUs 0 to {n - 1} only" if n > 1 else "GPU 0 only" if n else "no GPU"
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be used on a device."""
     if device.type == "cuda":

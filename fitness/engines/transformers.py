@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from fitness.engines.columns import check_cache, is_columnar, token_bytes
 from fitness.engines.decoding import Decoder, Request
-from fitness.engines.memory import ROW_LOGIT_BYTES, free_bytes, rows_that_fit
+from fitness.engines.memory import ROW_LOGIT_BYTES, free_bytes, missing_gpu, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
 from fitness.engines.text import Text, encode, rooms
 from fitness.types import Completion, Decoding, Likelihood
@@ -76,8 +76,8 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here: use 'auto' or 'cpu'")
+        if missing := missing_gpu(self.device):
+            raise ValueError(f"device {device!r} was asked for, but torch sees {missing} here: use 'auto' or 'cpu'")
         self.batch_size = None if batch_size == "auto" else batch_size
         self._decoding = decoding or Decoding()
         logging.disable_progress_bar()
