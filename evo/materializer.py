@@ -189,7 +189,8 @@ class Materializer:
 
         def counted() -> Iterator[tuple[str, Tensor]]:
             jobs = self._assign(wanted, self._may_compress(recipe))
-            made = self._stretches(wanted, jobs, self._device, keep=self._device.type == "cpu")
+            keep = self._device.type == "cpu"
+            made = self._stretches(wanted, jobs, self._device, keep=keep, forget=False)
             for name, tensor in self._joined(wanted, made):
                 bytes_of.append(tensor.nbytes)
                 yield name, tensor
@@ -262,8 +263,12 @@ class Materializer:
         rounding: Rounding | None = None,
         *,
         keep: bool = False,
+        forget: bool = True,
     ) -> Iterator[tuple[str, Iterable[Tensor | Fused]]]:
-        """What `stretches` yields, with the merged ones on some device; `keep`: for the next candidate, too."""
+        """What `stretches` yields, with the merged ones on some device.
+
+        For the next candidate, `keep` lets what is read stay, and `forget` nothing of what has been measured.
+        """
         interface = self._checkpoints[recipe.interface]
         parts: dict[str, list[Part]] = {}
         for part in self.layout.parts:
@@ -280,7 +285,7 @@ class Materializer:
             else:
                 rows = [one.to(target) for one in made if isinstance(one, Stored)]
                 yield from _named(name, rows[0] if of[0].row is None else stack(rows))
-            if not keep:
+            if forget:
                 self._merger.measured.forget()  # measured for this tensor alone
 
     def _assign(self, recipe: Recipe, compressed: bool = False) -> dict[Part, Job]:

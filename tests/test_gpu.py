@@ -1,13 +1,14 @@
 """What runs on a GPU computes with nothing of the host beside it: on one that is not there (pretend.py)."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
-from evo.merge import METHODS, kernels
+from evo.merge import METHODS, Measure, get_method, kernels
 from evo.merge.cpp_loop import CppLoop
 from evo.residency import Residency
 from fitness.engines.transformers import TransformersEngine
@@ -69,6 +70,24 @@ def test_all_that_a_loop_reads_is_on_the_gpu(moe_parents, tmp_path, monkeypatch)
         report = Materializer(checkpoints, slots, residency=Residency.DEVICE).write(recipe)
     assert report.n_compiled == report.n_written
     assert all(torch.equal(bits(slots[name].host), bits(expected[name])) for name in shapes)
+
+
+def test_an_engine_that_loads_by_itself_is_fed_from_the_gpu_and_parts_are_measured_once(moe_parents, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    checkpoints = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
+    rule = Rule("ties", {"a": 0.3, "b": 0.45}, knobs=SETTINGS["ties"])
+    recipe = Recipe({name: Source(str(path)) for name, path in moe_parents.items()}, "base", "a", (rule,))
+    expected, measured, ties = dict(Materializer(checkpoints).stream(recipe)), [], get_method("ties")
+    counted = Measure(lambda *a, **k: measured.append(1) or ties.measure.function(*a, **k), ("density",), True)
+    monkeypatch.setattr("evo.job.get_method", lambda _: replace(ties, measure=counted))
+    with gpu():
+        feeder = Materializer(checkpoints, device=GPU, residency=Residency.DISK)
+        for _ in range(2):
+            found = []
+            feeder.feed(recipe.to_dict(), found.extend)
+        found = {name: tensor.cpu() for name, tensor in found}
+    assert len(measured) == 2 * len(feeder.layout.parts)
+    assert all(torch.equal(bits(found[name]), bits(expected[name])) for name in expected)
 
 
 @pytest.mark.parametrize(
