@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fitness.engines.limits import limits
+
 SHARE = {"cpu": 0.5, "cuda": 0.8}
 """Of the free memory, how much a batch may take."""
 MOST = {"cpu": 128, "cuda": 512}
@@ -29,20 +31,21 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return 4 * 2**30
+    return max(0, min([_host_bytes("MemAvailable"), *(limit.most - limit.used for limit in limits())]))
 
 
 def total_bytes(device: torch.device) -> int:
     """Memory that a device has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
+    return min([_host_bytes("MemTotal"), *(limit.most for limit in limits())])
+
+
+def _host_bytes(name: str) -> int:
+    """What the system says of the machine's memory."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemTotal"].split()[0]) * 1024
+        return int(lines[name].split()[0]) * 1024
     except (OSError, KeyError):  # not Linux
         return 4 * 2**30
 
