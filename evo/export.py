@@ -127,8 +127,13 @@ def check_target(out: Path, inputs: list[Path], force: bool) -> None:
         raise ExportError(f"{out} is where a disk is mounted, and cannot be moved in place: name a folder in it")
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out} is a file; expected a new or empty folder")
-    if out.is_dir() and any(out.iterdir()) and not force:
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not force:
         raise ExportError(f"{out} is not empty: choose another folder, or replace it with --force")
+    for folder, whose in ((Path.cwd(), "the folder that you are in"), (Path.home(), "your home")):
+        if target in (folder.resolve(), *folder.resolve().parents):
+            raise ExportError(f"{out} is or contains {whose}, and would be deleted: choose another folder")
 
 
 def write_checkpoint(

@@ -349,6 +349,17 @@ class TestBadInput:
                 merge(file, target, force=True)
         assert hashes(moe_parents["a"]) == before
 
+    @pytest.mark.parametrize("target", ["here", "."])
+    @pytest.mark.parametrize("whose", ["cwd", "home"])
+    def test_where_somebody_works_or_lives_is_never_replaced(self, moe_parents, tmp_path, monkeypatch, target, whose):
+        file, out = write_recipe(tmp_path, moe_parents, Rule("linear", {"a": 0.5})), tmp_path / target
+        (tmp_path / "here").mkdir()
+        (tmp_path / "here" / "notes.txt").write_text("years of work")
+        monkeypatch.setattr(Path, whose, lambda: tmp_path / "here")
+        with pytest.raises(ExportError, match="and would be deleted"):
+            merge(file, out, force=True)
+        assert (tmp_path / "here" / "notes.txt").is_file()
+
     def test_a_target_that_links_to_a_parent(self, moe_parents, tmp_path):
         (tmp_path / "link").symlink_to(moe_parents["a"])
         with pytest.raises(ExportError, match="is or contains"):
