@@ -140,6 +140,7 @@ def test_interrupts_end_cleanly(tmp_path, sent):
         (["front", "{missing}"], "no run in"),
         (["status", "{missing}"], "no run in"),
         (["stop", "{missing}"], "no run in"),
+        (["stop", "{config}"], "no run in"),
         (["merge", "{missing}", "--out", "{run}"], "cannot read"),
         (["export", "{missing}", "--pick", "knee", "--out", "{run}"], "no run in"),
         (["run", "{config}", "--out", "{config}"], "is not a folder: expected a new one"),
