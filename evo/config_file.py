@@ -41,15 +41,18 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")  # YAML's, whatever the locale's is
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {path}: expected text in UTF-8: {error}") from error
     try:
         data, lines = parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {type(data).__name__}")
+        came = "an empty file" if data is None else "a list" if isinstance(data, list) else repr(data)[:40]
+        raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {came}")
     return _validated(data, path.resolve().parent, lines, path)
 
 

@@ -76,7 +76,7 @@ def _idle_rules(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> list[str]:
 
 def _load(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
-        data, lines = parse(file.read_text())
+        data, lines = parse(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {file}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:

@@ -1,5 +1,9 @@
 """Every mistake is one readable line that names its place in the file."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from evo.components import component_options
@@ -104,7 +108,9 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("optimizer: {kind: cma_es, sigma: 0.2}", "optimizer:"): ["search.yaml:7: optimizer: expected keys with values"],
     ("dtype: float32", "dtype:"): ["search.yaml:6: engine.dtype", "'float32', 'bfloat16'", "got None"],
     ("parents:", "parents: ["): ["not valid YAML"],
-    (GOOD, "just words"): ["expected keys such as parents"],
+    (GOOD, "just words"): ["expected keys such as parents", "got 'just words'"],
+    (GOOD, "# all is to come"): ["expected keys such as parents", "got an empty file"],
+    (GOOD, "- parents"): ["expected keys such as parents", "got a list"],
     (GOOD, "a: &a [x]\nb: *c"): ["not valid YAML"],
     (GOOD, "!!python/object/apply:os.system ['true']"): ["not valid YAML"],
 }
@@ -128,6 +134,21 @@ def test_several_mistakes_are_told_at_once(write):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "search.yaml").write_bytes(b"parents: \xff")
+    with pytest.raises(ConfigError, match=r"cannot read .*search.yaml: expected text in UTF-8"):
+        load_config(tmp_path / "search.yaml")
+
+
+def test_yaml_is_utf_8_whatever_the_locale_says(write):
+    file = write("")
+    file.write_text(f"# å\n{GOOD}", encoding="utf-8")
+    command = [sys.executable, "-c", f"from evo.config_file import load_config; load_config({str(file)!r})"]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **locale})
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_may_change_and_what_may_not(write):
