@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from evo.config import Component, ConfigError
+from evo.places import describe, listed
 from fitness.types import Decoding
 
 
@@ -56,16 +57,21 @@ def validated(section: type[ComponentT], table: Mapping[str, str], values: Mappi
     Raises:
         ConfigError: naming the key, what was expected and what came.
     """
+    keys = list(section.model_fields)
     try:
         component = section.model_validate(dict(values))
+        keys += option_names(pkgutil.resolve_name(table[component.kind]))  # type: ignore[attr-defined]
         component_options(component, table)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])) or section.__name__}: {str(e['msg']).removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
-        raise ConfigError("\n".join(lines)) from None
+        found = [(tuple(map(str, e["loc"])), describe(dict(e), keys)) for e in error.errors()]
+        raise ConfigError(listed(None, {}, found, section.__name__)) from None
     return component
+
+
+def option_names(target: Any) -> list[str]:
+    """Keys that a config may give to a class or function that a table names."""
+    parameters = inspect.signature(target).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def n_samples(options: Mapping[str, Any]) -> int:

@@ -5,7 +5,6 @@ What can be checked without loading anything is checked here, before anything is
 
 from __future__ import annotations
 
-import inspect
 import math
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from evo.components import component_options
+from evo.components import component_options, option_names
 from evo.config import Budget, Config, ConfigError
 from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
@@ -262,7 +261,5 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
     section: Any = Config.model_fields[place[0]].annotation
     keys = list(section.model_fields)
     if config is not None and place[0] in COMPONENTS:
-        target = pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind])
-        parameters = inspect.signature(target).parameters.values()
-        keys += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        keys += option_names(pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind]))
     return keys
