@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from evo.errors import said
 from evo.interrupts import interruptible
@@ -280,10 +281,10 @@ def options() -> None:
 
 
 def _print_written(name: str, out: Path, lines: Sequence[str]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)  # a path is not broken over lines
     console.print(
-        f"{name} is in [bold]{out}[/bold]: weights, recipe.yaml, accounting.json, a model card, and the config and "
-        "tokenizer of its interface parent."
+        f"{name} is in [bold]{escape(str(out))}[/bold]: weights, recipe.yaml, accounting.json, a model card, and the "
+        "config and tokenizer of its interface parent."
     )
     for line in lines:
         console.print(line, style="dim", markup=False)

@@ -16,6 +16,7 @@ from typing import Literal
 from rich import box
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -40,7 +41,7 @@ def watching(search: Search, *, quiet: bool = False) -> Iterator[Watcher | None]
     if quiet:
         yield None
     elif console.is_terminal:
-        console.print(f"[dim]run folder {search.folder}; Ctrl-C stops, the same command goes on[/dim]")
+        console.print(f"[dim]run folder {escape(str(search.folder))}; Ctrl-C stops, the same command goes on[/dim]")
         with Live(console=console, refresh_per_second=4) as live:
             yield _LiveWatcher(live)
     else:
@@ -134,7 +135,7 @@ def print_ending(front: Front, search: Search) -> None:
     print_front(front, search.config.objectives, held_out=scored)
     folder, quoted = search.folder, shlex.quote(str(search.folder))
     save_front(front, folder / PICTURE_FILE, title=folder.name, held_out=scored)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)  # brackets of a folder's name are no markup
     console.print(f"\npicture   {folder / PICTURE_FILE}")
     if search.config.tracking.enabled:
         from evo.tracking.tracker import how_to_look, is_behind
@@ -171,7 +172,7 @@ def print_status(folder: Path) -> None:
     n_failed = sum(entry.status is Status.FAILED for entry in searched)
     n_infeasible = sum(bool(entry.violations) for entry in searched)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{folder}: [bold]{state}[/bold], {share_spent(history):.0%} of the budget spent")
+    console.print(f"{escape(str(folder))}: [bold]{state}[/bold], {share_spent(history):.0%} of the budget spent")
     console.print(_budget_line(history.budget, history.spent))
     console.print(f"evaluated {len(searched)}, failed {n_failed}, infeasible {n_infeasible}; {_pace(history)}")
     if stopped := [entry for entry in searched if entry.status is Status.PARTIAL]:

@@ -1,6 +1,7 @@
 """The command as a user types it: real processes, their output and their exit codes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,16 @@ def test_status(session):
     result = mergefront("status", session[0])
     for text in ("finished", "candidates 8 of 8", "evaluated 8, failed 0", "transformers 5"):
         assert text in result.stdout
+
+
+def test_folders_are_printed_as_they_are_called(session, tmp_path):
+    """On one line however long, and with brackets that rich would take for markup."""
+    run, out = tmp_path / "runs[v2]", tmp_path / "a[v2]" / ("long" * 30) / "model"
+    shutil.copytree(session[0], run)
+    assert f"{run}: finished" in mergefront("status", run).stdout
+    assert f" is in {out}: weights" in mergefront("export", run, "--pick", "knee", "--out", out).stdout
+    config = session[0].parent / "search.yaml"
+    assert f"picture   {run}/front.png" in mergefront("run", config, "--out", run).stdout
 
 
 def test_export(session, tmp_path):
