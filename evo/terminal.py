@@ -107,6 +107,7 @@ def front_table(front: Front, *, held_out: bool, limit: int | None = None) -> Ta
 def print_front(front: Front, objectives: Sequence[str], *, held_out: bool) -> None:
     """The table of a front, in full, and its hypervolume."""
     console = Console(soft_wrap=True)
+    console.width = max(console.width, 80)  # in fewer, columns would be left out: a terminal wraps the lines
     console.print(front_table(front, held_out=held_out))
     if not front.members:
         console.print(_why_empty(front), highlight=False)

@@ -58,6 +58,11 @@ def test_front_as_table(session):
     assert max(map(len, table)) <= 80
 
 
+def test_a_narrow_terminal_loses_no_column(session):
+    wide, narrow = (mergefront("front", session[0], env={"COLUMNS": columns}).stdout for columns in ("80", "40"))
+    assert narrow == wide and "reasoner" in narrow
+
+
 def test_status(session):
     result = mergefront("status", session[0])
     for text in ("finished", "candidates 8 of 8", "evaluated 8, failed 0", "transformers 5"):
