@@ -81,6 +81,11 @@ def _load(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         raise RecipeError(f"cannot read {file}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{file} is not valid YAML, or holds several documents: {error}") from error
+    if isinstance(data, dict) and "experts" in data and "merge_method" not in data:
+        raise RecipeError(
+            at(file, lines, ("experts",), "this is a file of mergekit-moe's, which makes experts of dense models: not "
+               "here. Merge the result with others of its kind, once mergekit-moe has made it.")
+        )  # fmt: skip
     if not isinstance(data, dict) or not ("merge_method" in data or "version" in data):
         raise RecipeError(
             f"{file}: expected a recipe (with the keys version, sources and rules; an export has one) or a file of "

@@ -82,6 +82,7 @@ class TestRefused:
         [
             *((text, "") for text in ("[]", "a: 1", "{", "--- {}\n--- {}", "version: 2", "version: 1\nsources: []")),
             ("merge_method: linear\nmerge_method: ties", "the key 'merge_method' is there twice"),
+            ("dtype: bfloat16\nexperts: [{source_model: a}]", ":2: experts: this is a file of mergekit-moe"),
             ("merge_method: linear\n1: 2", "expected text as a key, got 1"),
             ("merge_method: linear\nmodels: &m [*m]", "an anchor that is part of itself"),
         ],
