@@ -29,7 +29,7 @@ from evo.assemble import (
     search_problem,
     source_digests,
 )
-from evo.config import Budget, Config, changed_keys
+from evo.config import Budget, Config, ConfigError, changed_keys
 from evo.config_file import budget_of, check, config_of, load_config
 from evo.front import Front, read_front
 from evo.history import History
@@ -137,6 +137,9 @@ class Search:
         if watch is not None and not callable(watch):
             raise TypeError(f"watch: expected a function that takes an evo.loop.Progress, got {watch!r:.100}")
         check(self.config)
+        for name, path in self.config.sources.items():
+            if self.folder.resolve() == path.resolve():
+                raise ConfigError(f"{self.folder} is the checkpoint {name!r}: expected a folder of the run's own")
         with hold(self.folder), interruptible():
             sources = open_sources(self.config)
             stamps = Stamps.of_weights(sources.values())

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evo import Search
 from evo.assemble import build_space, first_candidates, open_sources, recipe_sources
 from evo.checkpoint import Checkpoint, CheckpointError
-from evo.config import Baselines, Budget
+from evo.config import Baselines, Budget, ConfigError
 from evo.config_file import load_config
 from evo.export import ExportError
 from evo.front import PickError
@@ -346,6 +346,13 @@ class TestRefused:
                 Search.from_yaml(path, tmp_path / "run").run()
         write_config(tmp_path, candidates=2)
         assert len(Search.from_yaml(path, tmp_path / "run").run().evaluated) == 2
+
+    def test_a_parent_is_no_run_folder(self, tmp_path):
+        parents = shutil.copytree(CHIMERA, tmp_path / "parents")
+        before = sorted(parents.rglob("*"))
+        with pytest.raises(ConfigError, match="is the checkpoint 'concise': expected a folder of the run's own"):
+            Search.from_yaml(write_config(tmp_path, parents=parents), parents / "concise").run()
+        assert sorted(parents.rglob("*")) == before
 
     def test_two_processes_on_one_run(self, finished):
         with hold(finished.folder), pytest.raises(BusyError, match=f"process {os.getpid()} on"):
