@@ -26,12 +26,12 @@ app = typer.Typer(
     name="mergefront",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",  # "rich" breaks lines where the docstring does
     help="Finds, among all merges of related language-model checkpoints, the ones that reason most accurately for "
     "the fewest output tokens, and writes the chosen one to disk.\n\n"
-    "A session: [bold]mergefront run search.yaml --out runs/first[/bold], look with "
-    "[bold]mergefront front runs/first --held-out[/bold], then "
-    "[bold]mergefront export runs/first --pick knee --out my-model[/bold].",
+    "A session: `mergefront run search.yaml --out runs/first`, look with "
+    "`mergefront front runs/first --held-out`, then "
+    "`mergefront export runs/first --pick knee --out my-model`.",
 )
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run (what --out named).")]

@@ -196,6 +196,11 @@ def test_help_is_worth_reading(command):
     assert result.returncode == 0 and len(result.stdout) > 300
 
 
+def test_paragraphs_of_help_fill_their_lines():
+    result = mergefront("merge", "--help", env={"COLUMNS": "80"})
+    assert "over depth or filters, base_model, tokenizer_source. What it cannot do is" in result.stdout
+
+
 def test_the_live_table_fits_a_terminal_and_shows_orderliness(session):
     result = mergefront("front", session[0], env={"COLUMNS": "80"})
     assert result.returncode == 0, result.stderr
