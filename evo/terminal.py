@@ -44,6 +44,7 @@ def watching(search: Search, *, quiet: bool = False) -> Iterator[Watcher | None]
         console.print(f"[dim]run folder {escape(str(search.folder))}; Ctrl-C stops, the same command goes on[/dim]")
         with Live(console=console, refresh_per_second=4) as live:
             yield _LiveWatcher(live)
+            live.transient = True  # at the end the table is printed in full; of what is interrupted it stays
     else:
         started = time.monotonic()
         yield lambda event: print(_line(event, time.monotonic() - started), flush=True)

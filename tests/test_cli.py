@@ -1,14 +1,21 @@
 """The command as a user types it: real processes, their output and their exit codes."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from evo import Search, terminal
+from evo.history import History
+from evo.ledger import Ledger
 from tests.conftest import CHIMERA
 from tests.test_search import write_config
 
@@ -61,6 +68,21 @@ def test_front_as_table(session):
 def test_a_narrow_terminal_loses_no_column(session):
     wide, narrow = (mergefront("front", session[0], env={"COLUMNS": columns}).stdout for columns in ("80", "40"))
     assert narrow == wide and "reasoner" in narrow
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_live_table_goes_when_the_last_is_printed(session, monkeypatch, interrupted):
+    shown = io.StringIO()
+    monkeypatch.setattr(terminal, "Console", lambda **_: Console(file=shown, force_terminal=True, width=100))
+    with closing(Ledger.open(session[0], read_only=True)) as ledger:
+        history = History(ledger)
+        event = SimpleNamespace(history=history, entry=history.latest(0))
+        with suppress(KeyboardInterrupt), terminal.watching(Search.open(session[0])) as watch:
+            watch(event)
+            if interrupted:
+                raise KeyboardInterrupt
+    assert "Pareto front" in shown.getvalue()
+    assert shown.getvalue().endswith("\x1b[1A\x1b[2K") is not interrupted  # up a line, and erased
 
 
 def test_status(session):
