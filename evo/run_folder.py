@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def hold(folder: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise BusyError(
             f"another process works on {folder} ({holder(folder)}): wait for it, or end it with "
-            f"`mergefront stop {folder}`"
+            f"`mergefront stop {shlex.quote(str(folder))}`"
         ) from None
     try:
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}

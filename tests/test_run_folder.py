@@ -1,13 +1,14 @@
 """Who works on a run, as others see it: looking disturbs nobody, and needs no right to write."""
 
 import fcntl
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from evo.run_folder import LOCK_FILE, hold, is_held
+from evo.run_folder import LOCK_FILE, BusyError, hold, is_held
 
 READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2>/dev/null && exec "$@"'
 LOOK = "import sys, pathlib; from evo.run_folder import is_held; print(is_held(pathlib.Path(sys.argv[1])))"
@@ -18,6 +19,12 @@ def test_a_run_is_held_while_the_block_lasts(tmp_path):
     with hold(tmp_path / "run"):
         assert is_held(tmp_path / "run")
     assert not is_held(tmp_path / "run")
+
+
+def test_the_command_that_ends_it_can_be_pasted(tmp_path):
+    folder = tmp_path / "my run"
+    with hold(folder), pytest.raises(BusyError, match=re.escape(f"`mergefront stop '{folder}'`")), hold(folder):
+        pass
 
 
 def test_who_looks_is_not_taken_for_one_who_works(tmp_path):

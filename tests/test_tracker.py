@@ -21,6 +21,7 @@ from evo.front import read_front
 from evo.ledger import Ledger, LedgerError
 from evo.tracking import tracker
 from evo.tracking.mlflow_store import CANDIDATE_TAG, IMAGE_KEY
+from evo.tracking.overview import member_page
 from evo.tracking.replay import OFFSET_FILE, Offset, Replay, Target
 from evo.types import Status
 from fitness.types import Split
@@ -222,6 +223,11 @@ def test_the_overview(run, logged):
         here, there = row.search.summary, row.held_out.summary
         assert f"| {row.ask.name} | {100 * here['accuracy']:.1f} ± {100 * here['accuracy_stderr']:.1f} |" in note
         assert f"{100 * there['accuracy']:.1f} ± {100 * there['accuracy_stderr']:.1f} |" in note
+
+
+def test_commands_of_a_page_can_be_pasted(run):
+    member = front_of(run.folder).members[0]
+    assert "mergefront export '/my runs/first' --pick" in member_page(member, Path("/my runs/first"))
 
 
 def _area(front, width):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def member_page(row: Row, folder: Path) -> str:
         found = row.to_dict(split)
         if found["accuracy"] is not None:
             scores.append(f"{percent(found)} % at {found['tokens_mean']:.1f} tokens ({split.replace('_', ' ')})")
-    command = f"mergefront export {folder} --pick {row.ask.name} --out my-model"
+    command = f"mergefront export {shlex.quote(str(folder))} --pick {row.ask.name} --out my-model"
     return f"On the front: {'; '.join(scores)}.\n\n```\n{command}\n```"
 
 
@@ -87,8 +88,8 @@ def _footer(folder: Path) -> list[str]:
         "### To export a model",
         "",
         "```",
-        f"mergefront export {folder} --pick knee --out my-model",
-        f"mergefront export {folder} --pick NAME --out my-model",
+        f"mergefront export {shlex.quote(str(folder))} --pick knee --out my-model",
+        f"mergefront export {shlex.quote(str(folder))} --pick NAME --out my-model",
         "```",
         "",
         f"Metrics: `best/tokens` is the fewest mean tokens on the front at the best parent's accuracy less "
