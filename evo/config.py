@@ -9,10 +9,11 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -163,12 +164,23 @@ class Baselines(_Section):
     R1T-Chimera took routed experts, and the other way round. Optimizers start from the best of all baselines."""
 
 
+def _plain_number(value: Any) -> Any:
+    """2e9, which YAML takes for a text, as `--budget` reads it."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+_Count = Annotated[int, BeforeValidator(_plain_number)]
+
+
 class Budget(_Section):
     """When a search ends: at whichever limit comes first."""
 
-    candidates: int | None = Field(None, ge=1)
+    candidates: _Count | None = Field(None, ge=1)
     """Evaluated models, parents and baselines included."""
-    tokens: int | None = Field(None, ge=1)
+    tokens: _Count | None = Field(None, ge=1)
     """Generated tokens on the search split."""
     hours: FiniteFloat | None = Field(None, gt=0)
     """Time spent evaluating on the search split, over all sittings."""

@@ -72,6 +72,8 @@ MISTAKES = {  # what is changed -> what the message must hold
         "search.yaml:6: engine.batch_size: Input",
         "got 'many'; or: Input should be 'auto'",
     ],
+    ("candidates: 10", "candidates: 1.5e0"): ["budget.candidates", "valid integer"],
+    ("candidates: 10", "tokens: .inf"): ["budget.tokens", "finite number"],
     ("candidates: 10", "candidates: 0"): ["budget.candidates", "greater than or equal to 1", "got 0"],
     ("{candidates: 10}", "{}"): ["at least one of candidates, tokens, hours"],
     ("kind: cma_es", "kind: cma_ess"): ["search.yaml:7", "line_sweep, got 'cma_ess'; did you mean 'cma_es'?"],
@@ -134,6 +136,11 @@ def test_several_mistakes_are_told_at_once(write):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_budget_may_be_said_in_powers_of_ten(write):
+    config = load_config(write(GOOD.replace("candidates: 10", "candidates: 1e3, tokens: 2e9, hours: 5e-1")))
+    assert config.budget.model_dump() == {"candidates": 1000, "tokens": 2_000_000_000, "hours": 0.5}
 
 
 def test_a_file_that_is_no_text(tmp_path):
