@@ -150,6 +150,13 @@ class TestTable:
         with pytest.raises(ValueError, match="no such file"):
             Table(path=str(tmp_path / "no.jsonl"))
 
+    @pytest.mark.parametrize("name", ["there.csv", "there.yaml", "nowhere.csv"])
+    def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(self, tmp_path, name):
+        for there in ("there.csv", "there.yaml"):
+            (tmp_path / there).write_text("question,answer")
+        with pytest.raises(ValueError, match=r"expected a .jsonl, .json or .parquet file, or the name of a data set"):
+            Table(path=str(tmp_path / name))
+
     def test_a_hub_name_without_a_network(self):
         with pytest.raises(ValueError, match="cannot read data set 'nobody/nothing'"):
             Table(path="nobody/nothing")

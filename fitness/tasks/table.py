@@ -136,13 +136,21 @@ def read(
     return found
 
 
+_OTHER_TABLES = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".arrow", ".gz", ".zip")
+"""What is meant as a file, and would be looked for on the Hub."""
+
+
 def _load(path: str, name: str | None, subset: str, revision: str | None) -> Any:
     import datasets  # heavy: only loaded by runs that read a table
 
     datasets.disable_progress_bars()
     readers = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet"}
+    if (suffix := Path(path).suffix) not in readers and (Path(path).is_file() or suffix in _OTHER_TABLES):
+        raise ValueError(
+            f"{path}: expected a .jsonl, .json or .parquet file, or the name of a data set; convert it first"
+        )
     try:
-        if (suffix := Path(path).suffix) in readers:
+        if suffix in readers:
             if not Path(path).is_file():
                 raise ValueError(f"no such file: {path}")
             if not Path(path).stat().st_size:
