@@ -107,6 +107,7 @@ def describe(error: Mapping[str, Any], allowed: Sequence[str]) -> str:
 
 _EXPECTED = {
     "tuple_type": "expected a list",
+    "sequence_str": "expected a list",
     "dict_type": "expected keys with values",
     "dataclass_type": "expected keys with values",
     "model_type": "expected keys with values",

@@ -91,6 +91,9 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("  concise: c\n", ""): ["parents", "at least 2"],
     ("kind: block,", "kind: block, base: concisse,"): ["no source is called 'concisse'", "did you mean 'concise'?"],
     ("kind: block,", "kind: block, donors: [concise],"): ["cannot be both the base and a donor"],
+    ("roles: [[attention, norm], [ffn]]", "roles: [attention, ffn]"): [
+        "search.yaml:4: space.roles.0: expected a list, got 'attention'"
+    ],
     ("kind: block,", "kind: block, method: tie,"): ["no merge method is called 'tie'", "did you mean"],
     ("kind: block,", "kind: block, method: ties, knobs: {densty: 1},"): [
         "search.yaml:4: space.knobs.densty: no knob is called 'densty'",
