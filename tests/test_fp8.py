@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
+from evo.encodings import fp8_blocks
 from evo.encodings.fp8_blocks import Fp8Blocks
 from evo.encodings.rounding import Rounding
 from evo.materializer import Materializer
@@ -58,7 +59,9 @@ def test_every_code_means_what_the_standard_says():
 
 @pytest.mark.parametrize("shape", [(128, 128), (300, 257), (1, 5), (129, 127)])
 @pytest.mark.parametrize("ue8m0", [False, True])
-def test_rounds_as_deepseek_publishes(shape, ue8m0):
+@pytest.mark.parametrize("held", [0, 2 * 128 * 257, 1 << 23], ids=["a band", "two bands", "all"])
+def test_rounds_as_deepseek_publishes(shape, ue8m0, held, monkeypatch):
+    monkeypatch.setattr(fp8_blocks, "HELD_ELEMENTS", {"cpu": held})
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, shape[1])
     w[: shape[0] // 3, : shape[1] // 2] = 0.0
     codes, scales = quantize(w.numpy(), ue8m0=ue8m0)

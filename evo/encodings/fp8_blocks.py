@@ -26,6 +26,9 @@ from evo.merge.tape import Symbol, Tape
 
 LARGEST = 448.0
 """The largest E4M3 number."""
+HELD_ELEMENTS = {"cuda": 1 << 23}
+"""Kind of device -> how many values it holds in float32 while they are rounded, if not one band of blocks: a GPU takes
+longer to be asked for a band than to round it."""
 _SUFFIX = "_scale_inv"
 _MANTISSA = (1 << 23) - 1
 
@@ -67,13 +70,15 @@ class Fp8Blocks:
     def encode(
         self, shape: Sequence[int], device: torch.device, values: Values, chunk: int, watch: Watcher | None = None
     ) -> tuple[Tensor, ...]:
-        """See Encoding. A band of blocks at a time is held in float32."""
+        """See Encoding. A band of blocks at a time is held in float32, or several."""
         numbers = torch.empty(tuple(shape), dtype=torch.float8_e4m3fn, device=device)
         scales = torch.empty(grid(shape, self.block), dtype=DTYPES[self.scale_dtype], device=device)
-        for i, top in enumerate(range(0, shape[0], self.block[0])):
-            band = _band(values, top, min(self.block[0], shape[0] - top), shape[1], device, chunk)
-            pieces = numbers[top : top + len(band)], scales[i : i + 1]
-            pieces[1][0] = self._scales(self._tiles(band).abs().amax(0).amax(1))
+        n_bands = max(1, HELD_ELEMENTS.get(device.type, 0) // (self.block[0] * shape[1]))
+        for i in range(0, len(scales), n_bands):
+            top, height = i * self.block[0], n_bands * self.block[0]
+            band = _band(values, top, min(height, shape[0] - top), shape[1], device, chunk)
+            pieces = numbers[top : top + len(band)], scales[i : i + n_bands]
+            pieces[1].copy_(self._scales(self._tiles(band).abs().amax(1).amax(2)))
             self._round(band, pieces)
             if watch:
                 stored = torch.empty_like(band)
@@ -92,7 +97,7 @@ class Fp8Blocks:
         compute(operand.symbol, on_tensors, target)
 
     def _round(self, band: Tensor, pieces: tuple[Tensor, Tensor]) -> None:
-        """A band (r, C) of one row of blocks, to numbers in units of the scales (1, C / width) that are there."""
+        """A band (r, C) to numbers in units of the scales (r / height, C / width) that are there."""
         numbers, scales = pieces
 
         def write_down(tape: Tape) -> Symbol:
@@ -100,15 +105,17 @@ class Fp8Blocks:
             return units.clamp_(-LARGEST, LARGEST)
 
         def on_tensors(to: Tensor) -> None:
-            divided = (self._tiles(band) / scales.float()[0, :, None]).clamp_(-LARGEST, LARGEST)
-            to.copy_(divided.view(len(band), -1)[:, : band.shape[1]])
+            divided = (self._tiles(band) / scales.float()[:, None, :, None]).clamp_(-LARGEST, LARGEST)
+            to.copy_(divided.flatten(2).flatten(0, 1)[: band.shape[0], : band.shape[1]])
 
         compute(write_down, on_tensors, numbers)
 
     def _tiles(self, band: Tensor) -> Tensor:
-        """(r, C / width, width), with zeros where the last one is not full."""
-        missing = -band.shape[1] % self.block[1]
-        return (pad(band, (0, missing)) if missing else band).view(len(band), -1, self.block[1])
+        """(r / height, height, C / width, width), with zeros where the last ones are not full."""
+        (height, width), (n_rows, n_columns) = self.block, band.shape
+        if any(missing := (0, -n_columns % width, 0, -n_rows % height)):
+            band = pad(band, missing)
+        return band.view(len(band) // height, height, -1, width)
 
     def _scales(self, largest: Tensor) -> Tensor:
         """A scale for each block's largest magnitude; 1 for a block of zeros."""
