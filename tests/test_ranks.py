@@ -14,12 +14,14 @@ from evo.merge import kernels
 from evo.merge.cpp_loop import find_compiler
 from evo.merge.noise import uniforms, uniforms_of_rows
 from evo.parallel import LAYOUTS
+from evo.planning.ranks import shares
 from evo.shards import Shard
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import CONFIGS, make_checkpoint
 from tests.encoding import to_fp8
 from tests.packing import pack
 from tests.ranks import run_rank, slots_of
+from tests.test_architectures import write_parents
 
 RULES = {
     "linear": Rule("linear", {"a": 0.3, "b": 0.4}),
@@ -145,6 +147,27 @@ def test_shards_of_packed_experts(moe_parents, tmp_path):
         report = Materializer(open_checkpoints(packed), {name: shards}, partial=True).write(recipe.to_dict())
         assert report.n_written == 4
         assert all(torch.equal(s.slot, expected[s.expert, s.rows]) for s in shards)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_convolutions_are_shared_by_whole_rows(kind, tmp_path):
+    """Tensors of three dimensions that are no packed experts, as hybrids have: here (32, 1, 3)."""
+    parents = write_parents(tmp_path, "lfm2", layer_types=["conv", "full_attention", "conv"])
+    name, recipe = "model.layers.0.conv.conv.weight", recipes_of(parents)["ties"]
+    checkpoints, expected, found = open_checkpoints(parents), whole(parents, recipe), []
+    assert expected[name].shape == (32, 1, 3)
+    for rank in range(2):
+        slots, _ = slots_of(kind, checkpoints["a"], rank, 2)
+        Materializer(checkpoints, slots, partial=True).write(recipe.to_dict())
+        found += [shard.slot for shard in slots.get(name, ())]
+        assert shares(kind, [checkpoints["a"]], torch.bfloat16, 2)[rank].model > 0
+    assert len(found) == (1 if kind == "pipeline" else 2)
+    assert all(torch.equal(slot, expected[name]) for slot in found)
+    half = Shard(torch.empty(16, 1, 3, dtype=torch.bfloat16), slice(16, 32))
+    Materializer(checkpoints, {name: [half]}, partial=True).write(recipe.to_dict())
+    assert torch.equal(half.slot, expected[name][16:])
+    with pytest.raises(CheckpointError, match="whole rows of a tensor of shape"):
+        Materializer(checkpoints, {name: [Shard(torch.empty(32, 2), columns=slice(0, 2))]}, partial=True)
 
 
 def test_fp8_shards_are_whole_blocks(moe_parents, tmp_path):
