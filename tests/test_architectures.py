@@ -1,16 +1,18 @@
 """Architectures beyond those of the other tests: what is resident is what a fresh load of the export has."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
+from fitness.engines.columns import cache_name
 from fitness.engines.transformers import TransformersEngine, find_slots, load_model
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
@@ -157,12 +159,30 @@ def test_models_that_see_answer_text(kind, tmp_path):
         assert completion == engine._text.completion(whole[0, ids.shape[1] :].tolist(), 12)
 
 
-def engine_of(folder, kind, **changes):
+def engine_of(folder, kind, batch_size=32, **changes):
     """An engine for a random model."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **changes}))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return TransformersEngine(str(folder), dtype="float32", device="cpu")
+    return TransformersEngine(str(folder), dtype="float32", device="cpu", batch_size=batch_size)
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2_moe", "nemotron_h", "qwen3_next"])
+def test_a_batch_size_is_found_for_models_that_remember_more_than_keys_and_values(kind, tmp_path, monkeypatch):
+    """On a machine with room for 8 rows, if each takes what transformers' own cache of it does."""
+    changes = {k: v for k, v in ARCHITECTURES.get(kind, {}).items() if k != "without"}
+    engine = engine_of(tmp_path, kind, "auto", **changes)
+    n_tokens, cache = len(engine._text.encode("1+2")) + 40, DynamicCache(config=engine._model.config)
+    ids = torch.ones(1, n_tokens, dtype=torch.long)
+    with torch.inference_mode():
+        engine._model(input_ids=ids, **{cache_name(engine._model): cache}, use_cache=True)
+    held = [t for layer in cache.layers for v in vars(layer).values() for t in (v.values() if type(v) is dict else [v])]
+    row = sum(t.nbytes for t in held if isinstance(t, torch.Tensor)) + 32 * COMMON["vocab_size"]
+    for free, rows in ((8 * row, 8), (8 * row - 1, 4)):
+        monkeypatch.setattr("fitness.engines.transformers.free_bytes", lambda _, n=free: math.ceil(n * 2.5 / 0.5))
+        engine.batch_size = None
+        engine.generate(["1+2"], max_tokens=40)
+        assert engine.batch_size == rows
 
 
 @pytest.mark.parametrize(

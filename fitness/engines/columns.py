@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -178,12 +179,39 @@ def check_cache(model: Any) -> None:
         ) from error
 
 
-def token_bytes(model: Any) -> int:
-    """Memory of the keys and values of one token, found by a forward pass."""
-    cache = DynamicCache()
+@dataclass(frozen=True)
+class RowMemory:
+    """Bytes of what a model remembers of one row of text."""
+
+    layers: tuple[tuple[int, int | None], ...]
+    """Of each layer that has any: bytes of a token's keys and values, and how many tokens' it keeps (None: all)."""
+    state: int = 0
+    """However long the row is: what recurrent layers and convolutions keep."""
+
+    @property
+    def token(self) -> int:
+        """Of a token's keys and values in all layers."""
+        return sum(n_bytes for n_bytes, _ in self.layers)
+
+    def n_bytes(self, n_tokens: int) -> int:
+        """Of a row of so many tokens."""
+        kept = (n_bytes * min(n_tokens, n_tokens if most is None else most) for n_bytes, most in self.layers)
+        return self.state + sum(kept)
+
+
+def row_memory(model: Any) -> RowMemory:
+    """What a model remembers of a row, found by a forward pass over one token."""
+    cache = DynamicCache(config=model.config)
     _read_one(model, cache)
-    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
-    return sum(t[:1, :, :1].nbytes for t in tensors)
+    columnar, layers, state = is_columnar(model.config), [], 0
+    for layer in cache.layers:
+        held = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor | dict)}
+        both = [t for name in ("keys", "values") if isinstance(t := held.pop(name, None), Tensor)]
+        if n_bytes := sum(t.nbytes // t.shape[-2] for t in both):
+            layers.append((n_bytes, None if columnar else getattr(layer, "sliding_window", None)))
+        others = (v for value in held.values() for v in (value.values() if isinstance(value, dict) else [value]))
+        state += sum(t.nbytes for t in others if isinstance(t, Tensor))
+    return RowMemory(tuple(layers), 0 if columnar else state)
 
 
 def _read_one(model: Any, cache: DynamicCache) -> None:

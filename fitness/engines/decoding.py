@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from fitness.engines.columns import Columns, KeysAndValues, cache_name, token_bytes
+from fitness.engines.columns import Columns, KeysAndValues, cache_name, row_memory
 from fitness.engines.levels import LEAST_TOKENS, Levels, lowest_level
 from fitness.engines.sampling import Sampler
 
@@ -125,7 +125,7 @@ class Decoder:
         """All rows, none of which is in the batch yet."""
         lowest = batch.width
         if self._refill and lowest > LEAST_TOKENS:
-            self._token_bytes = self._token_bytes or token_bytes(self._model)
+            self._token_bytes = self._token_bytes or row_memory(self._model).token
             lowest = lowest_level(sum(p.nbytes for p in self._model.parameters()), batch.capacity, self._token_bytes)
         return Levels(batch.n_prompt.tolist(), batch.capacity, batch.width, lowest)
 

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from fitness.engines.columns import check_cache, is_columnar, token_bytes
+from fitness.engines.columns import check_cache, is_columnar, row_memory
 from fitness.engines.decoding import Decoder, Request
 from fitness.engines.memory import ROW_LOGIT_BYTES, free_bytes, missing_gpu, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
@@ -163,7 +163,7 @@ class TransformersEngine:
     def _find_batch_size(self, n_tokens: int) -> int:
         """How many rows of so many tokens find room beside the model."""
         n_logits = self._model.config.get_text_config().vocab_size
-        row_bytes = n_tokens * token_bytes(self._model) + ROW_LOGIT_BYTES * n_logits
+        row_bytes = row_memory(self._model).n_bytes(n_tokens) + ROW_LOGIT_BYTES * n_logits
         return rows_that_fit(row_bytes, free_bytes(self.device), self.device)
 
     def _find_stop_strings(self, tail: Tensor) -> Tensor:
