@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint
@@ -15,20 +15,22 @@ from evo.config import Budget
 from evo.encodings import TensorHeader
 from evo.materializer import Materializer
 from evo.parallel import LAYOUTS
-from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes
-from evo.planning.machine import plan_search, ranks_report
+from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes, step_row_bytes
+from evo.planning.machine import _batch_size, plan_search, ranks_report
 from evo.planning.plan import Load, PlanError, Settings, check, make_plan
 from evo.planning.ranks import Share, rank_table, shares
 from evo.planning.sources import Sources
 from evo.planning.times import search_seconds
 from evo.residency import Residency
-from fitness.engines.columns import Columns, cache_name
+from fitness.engines.columns import Columns, cache_name, is_columnar
+from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import make_checkpoint
 from tests.encoding import to_fp8
 from tests.ranks import slots_of
 from tests.synthetic import config_of
 from tests.test_adapter import make_adapter
+from tests.test_architectures import ARCHITECTURES, COMMON, SEEING
 
 HIDDEN, WIDTH, N_EXPERTS, N_LAYERS, N_DENSE, VOCABULARY = 7168, 2048, 256, 61, 3, 129280
 DEEPSEEK = {
@@ -164,6 +166,59 @@ def test_bytes_are_those_of_the_real_model_cache_and_files(tmp_path, config):
         model(input_ids=at % 2, position_ids=at, attention_mask=mask, **{cache_name(model): cache}, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert rows * cache_row_bytes(AutoConfig.from_pretrained(folder).to_dict(), prompt, answer, 2) == held
+
+
+KINDS = {
+    "gpt2": {}, "falcon": {"multi_query": True}, "bloom": {}, "dbrx": {},
+    "lfm2_moe": {}, "nemotron_h": {}, "qwen3_next": {},
+    "gemma3n_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                     "activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 2},
+    "qwen2_5_vl": {},
+}  # fmt: skip
+"""Model type -> what to change: shared heads and layers, other names, states, a tower."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_other_architectures_are_those_of_the_real_model_and_cache(kind, tmp_path):
+    """Within 3 %: of a window transformers keeps one token less."""
+    options = SEEING.get(kind) or {**COMMON, **ARCHITECTURES[kind], **KINDS[kind]}
+    options = {key: value for key, value in options.items() if key not in (*options.get("without", ()), "without")}
+    factory = AutoModelForImageTextToText if kind in SEEING else AutoModelForCausalLM
+    factory.from_config(AutoConfig.for_model(kind, **options)).to(torch.bfloat16).save_pretrained(tmp_path)
+    checkpoint, model = Checkpoint.open(tmp_path), factory.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model_bytes(checkpoint, "bfloat16") == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.03)
+    prompt, answer, cache = 20, 40, DynamicCache(config=model.config)
+    ids = torch.ones(1, prompt + answer, dtype=torch.long)
+    with torch.inference_mode():
+        model(input_ids=ids, **{cache_name(model): cache}, use_cache=True)
+    held = [t for layer in cache.layers for v in vars(layer).values() for t in (v.values() if type(v) is dict else [v])]
+    real = sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
+    if is_columnar(model.config):  # kept with room to spare
+        real = real // (prompt + answer) * columns(prompt, answer)
+    assert cache_row_bytes(checkpoint.config(), prompt, answer, 2) == pytest.approx(real, rel=0.03)
+    assert step_row_bytes(checkpoint.config(), prompt, answer, 2) > 0
+
+
+def test_a_published_config_leaves_out_what_is_its_architectures_default():
+    """google/gemma-3-4b-it says neither heads nor vocabulary; its keys and values have 4 heads of 256."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    config = {"model_type": "gemma3", "text_config": {**text, "sliding_window": 1024}, "vision_config": {}}
+    assert cache_row_bytes(config, 100, 32, 2) == columns(100, 32) * 34 * 2 * 4 * 256 * 2
+    assert step_row_bytes(config, 100, 32, 2) > 262_208  # the vocabulary
+
+
+def test_an_automatic_batch_is_what_the_engine_makes_of_as_much_memory(chimera, monkeypatch):
+    options = {"dtype": "float32", "batch_size": "auto"}
+    config = config_of(chimera.sources, engine={**options, "max_tokens": 110})
+    interface = open_checkpoints(chimera.sources)["reasoner"]
+    engine = TransformersEngine(str(interface.path), device="cpu", **options)
+    load, found = Load(prompt=10, answers=200, evaluations=1000), []
+    for n in (int(1.2**k * 10**6) for k in range(24)):
+        monkeypatch.setattr("fitness.engines.transformers.free_bytes", lambda _, n=n: n)
+        found.append(engine._find_batch_size(10 + 110))
+        free = n + model_bytes(interface, "float32")
+        assert _batch_size(config, interface, load, options, torch.device("cpu"), free) == found[-1]
+    assert len(set(found)) > 4
 
 
 def test_columns_by_hand():

@@ -6,18 +6,23 @@ Knows how the default engine keeps its cache (fitness.engines.columns).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+
+import torch
 
 from evo.checkpoint import Checkpoint
 from evo.encodings.mxfp4 import Mxfp4
 from evo.merge import get_method
 from evo.parallel import own_parts, part_shape
 from fitness.engines.columns import SPARE_COLUMNS
+from fitness.engines.outline import described, outline_of
 
 MIB = 1 << 20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = {4: torch.float32, 2: torch.bfloat16}
+"""By the bytes of a number; of 16 bits either does."""
 MERGE_BYTES = 8 * MIB
 """Blocks of a merge that measures nothing (experiments/benchmarks)."""
 LOGIT_BYTES = 16
@@ -26,8 +31,12 @@ LOGIT_BYTES = 16
 
 @lru_cache
 def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Of the resident model: every scored tensor, in the engine's dtype; a tied head is the embedding."""
-    return DTYPE_BYTES[dtype] * sum(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint))
+    """Of the resident model: every scored tensor, in the engine's dtype; a tied head is the embedding. Towers that see
+    or hear are loaded, too.
+    """
+    n_scored = sum(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint))
+    outline = outline_of(checkpoint.config(), getattr(torch, dtype))
+    return DTYPE_BYTES[dtype] * max(n_scored, outline.n_weights if outline else 0)
 
 
 @lru_cache
@@ -49,11 +58,6 @@ def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
     return 8 * max(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint)) + MERGE_BYTES
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of the language model, where that has a place of its own."""
-    return config.get("text_config") or config
-
-
 def cache_token_bytes(config: Mapping[str, Any], item: int) -> int:
     """Cached keys and values of one token. Of MLA (DeepSeek) transformers caches the latents.
 
@@ -61,7 +65,9 @@ def cache_token_bytes(config: Mapping[str, Any], item: int) -> int:
         config: config.json.
         item: bytes of a number.
     """
-    config = text_config(config)
+    if (outline := outline_of(config, DTYPES[item])) and outline.row:
+        return outline.row.token
+    config = described(config)
     if rank := config.get("kv_lora_rank"):
         width = rank + config["qk_rope_head_dim"]
     else:
@@ -79,21 +85,31 @@ def cache_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, ite
         max_tokens: of an answer.
         item: bytes of a number.
     """
+    if (outline := outline_of(config, DTYPES[item])) and not outline.columnar:
+        return row_bytes(config, prompt + max_tokens, item)
     return columns(prompt, max_tokens) * cache_token_bytes(config, item)
+
+
+def row_bytes(config: Mapping[str, Any], n_tokens: int, item: int) -> int:
+    """What a model remembers of a row of so many tokens, in a buffer without room to spare. See cache_token_bytes."""
+    if (outline := outline_of(config, DTYPES[item])) and outline.row:
+        return outline.row.n_bytes(n_tokens)
+    return n_tokens * cache_token_bytes(config, item)
 
 
 def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
     """What a forward pass takes for one answer, at its worst: a layer's activations over the prompt, or its keys and
     values made out for every head (of MLA's latents, or of heads that share them), and the logits. See cache_row_bytes.
     """
-    config = text_config(config)
+    config = described(config)
     heads, head = _heads(config)
     expanded = 2 * head if (config.get("num_key_value_heads") or heads) != heads else 0
     if config.get("kv_lora_rank"):
         nope, rope, value = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
         expanded = nope + value + nope + rope  # latents times kv_b, and keys joined from two
     experts = (config.get("moe_intermediate_size") or 0) * (config.get("num_experts_per_tok") or 1)
-    wide = max(config.get("intermediate_size") or 0, experts)
+    dense = config.get("intermediate_size") or 4 * config["hidden_size"]  # where it is not said, as in GPT-2
+    wide = max(*(dense if isinstance(dense, Sequence) else [dense]), experts)  # Gemma 3n has one a layer
     prefill, step = prompt * (4 * config["hidden_size"] + 3 * wide), (prompt + max_tokens) * heads * expanded
     return int(max(prefill, step) * item + LOGIT_BYTES * config["vocab_size"])
 
@@ -108,5 +124,5 @@ def columns(prompt: int, max_tokens: int) -> int:
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
     """How many there are, and the size of one."""
-    heads = config["num_attention_heads"]
+    heads = config.get("num_attention_heads") or 1  # Mamba has none
     return heads, config.get("head_dim") or config["hidden_size"] // heads

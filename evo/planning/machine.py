@@ -28,13 +28,14 @@ from evo.checkpoint import Checkpoint
 from evo.components import component_options, n_samples
 from evo.config import Config
 from evo.planning.batching import Batch
-from evo.planning.footprint import DTYPE_BYTES, cache_row_bytes, cache_token_bytes, model_bytes, text_config
+from evo.planning.footprint import DTYPE_BYTES, cache_token_bytes, model_bytes, row_bytes
 from evo.planning.plan import Load, Plan, PlanError, Settings, check, make_plan
 from evo.planning.ranks import rank_table
 from evo.planning.sources import Sources, used_sources
 from evo.planning.times import candidate_seconds, search_seconds, size, span
 from fitness.engines import ENGINES
 from fitness.engines.memory import ROW_LOGIT_BYTES, anonymous_bytes, free_bytes, missing_gpu, rows_that_fit, total_bytes
+from fitness.engines.outline import described
 from fitness.engines.transformers import longest_prompt
 from fitness.engines.vllm import cache_bytes, share_of_memory
 from fitness.splits import problems_of
@@ -176,7 +177,7 @@ def device_of(options: dict[str, Any]) -> torch.device:
 
 def _context(interface: Checkpoint) -> int | None:
     """Tokens that a prompt and its answer may have together."""
-    found: int | None = text_config(interface.config()).get("max_position_embeddings")
+    found: int | None = described(interface.config()).get("max_position_embeddings")
     return found
 
 
@@ -215,8 +216,8 @@ def _batch_size(
         return batch
     dtype = options.get("dtype", "bfloat16")
     model = interface.config()
-    row = cache_row_bytes(model, load.prompt, config.engine.max_tokens, DTYPE_BYTES[dtype])
-    row += ROW_LOGIT_BYTES * text_config(model)["vocab_size"]
+    row = row_bytes(model, load.prompt + config.engine.max_tokens, DTYPE_BYTES[dtype])
+    row += ROW_LOGIT_BYTES * int(described(model)["vocab_size"])
     return rows_that_fit(row, free - model_bytes(interface, dtype), device)
 
 

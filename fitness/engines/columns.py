@@ -214,6 +214,7 @@ def row_memory(model: Any) -> RowMemory:
     return RowMemory(tuple(layers), 0 if columnar else state)
 
 
+@torch.inference_mode()
 def _read_one(model: Any, cache: DynamicCache) -> None:
     """Have a model put what it remembers of one token into a cache."""
     one = torch.ones(1, 1, dtype=torch.long, device=model.device)

@@ -192,7 +192,7 @@ def load_model(checkpoint: str, dtype: torch.dtype, **options: Any) -> Any:
         ValueError: if transformers has no model that writes text for this config.
     """
     config = AutoConfig.from_pretrained(checkpoint)
-    kind = _kind_of_model(config)
+    kind = kind_of_model(config)
     if getattr(config, "quantization_config", None) is None:
         return kind.from_pretrained(checkpoint, dtype=dtype, **options)
     del config.quantization_config
@@ -219,7 +219,7 @@ def _caveat_of(config: Any) -> str | None:
     )
 
 
-def _kind_of_model(config: Any) -> Any:
+def kind_of_model(config: Any) -> Any:
     """What loads it: models that see or hear answer text, too."""
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         if type(config) in kind._model_mapping:
