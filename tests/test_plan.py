@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from evo.planning.sources import Sources
 from evo.planning.times import search_seconds
 from evo.residency import Residency
 from fitness.engines.columns import Columns, cache_name, is_columnar
+from fitness.engines.sampling import Settings as Sampling
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import make_checkpoint
@@ -30,6 +35,7 @@ from tests.encoding import to_fp8
 from tests.ranks import slots_of
 from tests.synthetic import config_of
 from tests.test_adapter import make_adapter
+from tests.test_architecture import ROOT
 from tests.test_architectures import ARCHITECTURES, COMMON, SEEING
 
 HIDDEN, WIDTH, N_EXPERTS, N_LAYERS, N_DENSE, VOCABULARY = 7168, 2048, 256, 61, 3, 129280
@@ -196,7 +202,7 @@ def test_bytes_of_other_architectures_are_those_of_the_real_model_and_cache(kind
     if is_columnar(model.config):  # kept with room to spare
         real = real // (prompt + answer) * columns(prompt, answer)
     assert cache_row_bytes(checkpoint.config(), prompt, answer, 2) == pytest.approx(real, rel=0.03)
-    assert step_row_bytes(checkpoint.config(), prompt, answer, 2) > 0
+    assert step_row_bytes(checkpoint.config(), prompt, answer, 2, 4) > 0
 
 
 def test_a_published_config_leaves_out_what_is_its_architectures_default():
@@ -204,7 +210,52 @@ def test_a_published_config_leaves_out_what_is_its_architectures_default():
     text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
     config = {"model_type": "gemma3", "text_config": {**text, "sliding_window": 1024}, "vision_config": {}}
     assert cache_row_bytes(config, 100, 32, 2) == columns(100, 32) * 34 * 2 * 4 * 256 * 2
-    assert step_row_bytes(config, 100, 32, 2) > 262_208  # the vocabulary
+    assert step_row_bytes(config, 100, 32, 2, 4) > 4 * 262_208  # the vocabulary
+
+
+DRAWING = [
+    Sampling(True), Sampling(True, repetition_penalty=1.1), Sampling(False, temperature=0.6),
+    Sampling(False, temperature=0.6, top_p=0.95, top_k=20),
+]  # fmt: skip
+MEASURE_DRAWING = """
+import sys
+import numpy as np, torch
+from fitness.engines.sampling import Sampler, Settings
+
+def memory(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+
+logits, steps = torch.randn(16, 200_000).bfloat16(), np.zeros(16, np.int64)
+for settings in eval(sys.argv[1]):
+    draw = Sampler(settings)
+    draw(logits[:1, :64], torch.zeros(1, 8, dtype=torch.long), steps[:1].astype(np.uint64), steps[:1])
+    open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
+    before = memory("VmRSS")
+    draw(logits, torch.zeros(16, 8, dtype=torch.long), steps.astype(np.uint64), steps)
+    print((memory("VmHWM") - before + logits.nbytes) / logits.numel())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak")
+def test_what_drawing_takes_is_what_it_really_takes():
+    """Within 3 bytes a logit, of 2 to 32; large blocks are given back at once, so that peaks are of what is in use."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-c", MEASURE_DRAWING, repr(DRAWING)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=True)
+    told = [settings.logit_bytes for settings in DRAWING]
+    assert told == pytest.approx(list(map(float, run.stdout.split())), abs=3)
+
+
+def test_a_plan_counts_how_tokens_are_drawn(chimera):
+    checkpoints = open_checkpoints(chimera.sources)
+    load, rows = Load(prompt=10, answers=200, evaluations=1000), []
+    for decoding in ({"greedy": True}, {"greedy": False, "top_p": 0.9}):
+        options = {"dtype": "float32", "max_tokens": 110, "decoding": decoding}
+        config = config_of(chimera.sources, engine=options)
+        plan = make_plan(config, Sources(config, checkpoints), load, Settings("host", "float32", 1), python_bytes=0)
+        rows.append(plan.row)
+    vocabulary = checkpoints["reasoner"].config()["vocab_size"]
+    assert rows[1] - rows[0] == (32 - 4) * vocabulary
 
 
 def test_an_automatic_batch_is_what_the_engine_makes_of_as_much_memory(chimera, monkeypatch):

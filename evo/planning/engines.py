@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from evo.checkpoint import Checkpoint
@@ -11,7 +12,10 @@ from evo.config import Config
 from evo.planning.footprint import DTYPE_BYTES, MIB, cache_row_bytes, export_bytes, model_bytes, step_row_bytes
 from evo.planning.sources import Item
 from evo.planning.times import size
+from fitness.engines.sampling import Settings as Sampling
+from fitness.engines.text import generation_config
 from fitness.engines.vllm import cache_bytes, share_of_memory
+from fitness.types import Decoding
 
 CUDA_BYTES = 512 * MIB
 """Context and kernels on a GPU. Not measured."""
@@ -70,7 +74,13 @@ def vllm(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> H
 
 def _row_bytes(config: Config, interface: Checkpoint, prompt: int, dtype: str) -> tuple[int, int]:
     sizes = interface.config(), prompt, config.engine.max_tokens, DTYPE_BYTES[dtype]
-    return cache_row_bytes(*sizes), step_row_bytes(*sizes)
+    asked = config.engine.options.get("decoding") or {}  # checked when the config was read
+    decoding = asked if isinstance(asked, Decoding) else Decoding(**asked)
+    logit = Sampling.of(_generation_config(str(interface.path)), decoding).logit_bytes
+    return cache_row_bytes(*sizes), step_row_bytes(*sizes, logit)
+
+
+_generation_config = lru_cache(generation_config)  # a plan is made for hundreds of settings
 
 
 def unknown(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> Held:

@@ -25,8 +25,6 @@ DTYPES = {4: torch.float32, 2: torch.bfloat16}
 """By the bytes of a number; of 16 bits either does."""
 MERGE_BYTES = 8 * MIB
 """Blocks of a merge that measures nothing (experiments/benchmarks)."""
-LOGIT_BYTES = 16
-"""Of a token of the vocabulary while the next one is drawn: float32 logits and chances, float64 sums of them."""
 
 
 @lru_cache
@@ -97,9 +95,16 @@ def row_bytes(config: Mapping[str, Any], n_tokens: int, item: int) -> int:
     return n_tokens * cache_token_bytes(config, item)
 
 
-def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int) -> int:
+def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item: int, logit: int) -> int:
     """What a forward pass takes for one answer, at its worst: a layer's activations over the prompt, or its keys and
-    values made out for every head (of MLA's latents, or of heads that share them), and the logits. See cache_row_bytes.
+    values made out for every head (of MLA's latents, or of heads that share them), and the logits.
+
+    Args:
+        config: config.json.
+        prompt: tokens of the longest prompt.
+        max_tokens: of an answer.
+        item: bytes of a number.
+        logit: bytes that drawing takes for each token of the vocabulary.
     """
     config = described(config)
     heads, head = _heads(config)
@@ -111,7 +116,7 @@ def step_row_bytes(config: Mapping[str, Any], prompt: int, max_tokens: int, item
     dense = config.get("intermediate_size") or 4 * config["hidden_size"]  # where it is not said, as in GPT-2
     wide = max(*(dense if isinstance(dense, Sequence) else [dense]), experts)  # Gemma 3n has one a layer
     prefill, step = prompt * (4 * config["hidden_size"] + 3 * wide), (prompt + max_tokens) * heads * expanded
-    return int(max(prefill, step) * item + LOGIT_BYTES * config["vocab_size"])
+    return int(max(prefill, step) * item + logit * config["vocab_size"])
 
 
 def columns(prompt: int, max_tokens: int) -> int:

@@ -49,9 +49,13 @@ def described(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a config.json says of the language model, under the names that most architectures use, with defaults filled
     in; of an architecture that transformers does not know, no more than is there.
     """
-    found = _parsed(json.dumps(config, sort_keys=True))
-    if found is None:
-        return config.get("text_config") or config
+    return _described(json.dumps(config, sort_keys=True)) or config.get("text_config") or config
+
+
+@lru_cache
+def _described(config: str) -> Mapping[str, Any] | None:
+    if (found := _parsed(config)) is None:
+        return None
     text = found.get_text_config(decoder=True)
     return {**text.to_dict(), **{name: getattr(text, name, None) for name in text.attribute_map}}
 

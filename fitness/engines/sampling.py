@@ -86,6 +86,15 @@ class Settings:
         cuts = {name: setting(name, value) for name, value in neutral.items()}
         return cls(False, **cuts, repetition_penalty=penalty)
 
+    @property
+    def logit_bytes(self) -> int:
+        """Of a row and a token of the vocabulary while the next one is picked, as measured: logits, copies of them in
+        float32 and float64, and, where the likeliest are cut off, their order.
+        """
+        if self.greedy:
+            return 4 if self.repetition_penalty is None else 14
+        return 24 if self.top_k is None and self.top_p is None else 32
+
 
 class Sampler:
     """Picks the next token of each row."""
