@@ -125,6 +125,25 @@ def test_chunks_do_not_change_a_bit(moe_parents, monkeypatch):
     assert all(torch.equal(whole[n], t) for n, t in Materializer(checkpoints).stream(recipe))
 
 
+@pytest.mark.parametrize(("method", "measures"), [("linear", False), ("ties", True), ("sce", True)])
+def test_memory_is_given_back_while_whole_parts_are_looked_at(moe_parents, method, measures, monkeypatch):
+    """And not for a second candidate, of which all is known."""
+    returned = []
+    monkeypatch.setattr("evo.measured.give_back_memory", lambda: returned.append(1))
+    monkeypatch.setattr("evo.measured.GIVE_BACK_BYTES", 40_000)
+    checkpoints = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
+    slots = {name: torch.empty(entry.shape) for name, entry in checkpoints["a"].scored.items()}
+    writer, sources = Materializer(checkpoints, slots), sources_of(moe_parents)
+    recipes = [Recipe(sources, "base", "a", (Rule(method, {"a": share, "b": 0.5}),)) for share in (0.25, 0.75)]
+    writer.write(recipes[0].to_dict())
+    looked_at, largest = (2 * 4 * f(slot.numel() for slot in slots.values()) for f in (sum, max))
+    n = len(returned)
+    assert looked_at // (40_000 + largest) <= n <= looked_at // 40_000 if measures else n == 0
+    assert not measures or n > 2
+    writer.write(recipes[1].to_dict())
+    assert len(returned) == n
+
+
 def test_a_failed_write_is_written_again(moe_parents, monkeypatch):
     engine = engine_of(moe_parents)
     recipe = random_recipe(moe_parents, "linear", seed=4).to_dict()
