@@ -5,10 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
@@ -17,18 +19,21 @@ from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint
 from evo.config import Budget
 from evo.encodings import TensorHeader
+from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.parallel import LAYOUTS
 from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes, step_row_bytes
 from evo.planning.machine import _batch_size, plan_search, ranks_report
-from evo.planning.plan import Load, PlanError, Settings, check, make_plan
+from evo.planning.plan import PICTURE_BYTES, Load, PlanError, Settings, check, make_plan, run_bytes
 from evo.planning.ranks import Share, rank_table, shares
 from evo.planning.sources import Sources
 from evo.planning.times import search_seconds
 from evo.residency import Residency
+from evo.types import Candidate, Evaluation, Origin, Status
 from fitness.engines.columns import Columns, cache_name, is_columnar
 from fitness.engines.sampling import Settings as Sampling
 from fitness.engines.transformers import TransformersEngine
+from fitness.types import Score, Split
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import make_checkpoint
 from tests.encoding import to_fp8
@@ -270,6 +275,27 @@ def test_an_automatic_batch_is_what_the_engine_makes_of_as_much_memory(chimera, 
         free = n + model_bytes(interface, "float32")
         assert _batch_size(config, interface, load, options, torch.device("cpu"), free) == found[-1]
     assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize("max_tokens", [1024, 16384])
+def test_answers_that_a_ledger_keeps_in_full_are_counted(chimera, tmp_path, max_tokens):
+    """Of answers half as long as they may be, three of each evaluation, in a real ledger."""
+    config = config_of(chimera.sources, engine={"max_tokens": max_tokens}, tracking={"enabled": False})
+    n, n_problems, sample = 100, 200, {"question": "1+2", "answer": "3", "completion": " the" * (max_tokens // 2)}
+    score = np.zeros((n_problems, 1), np.int32)
+    score = Score(tuple(f"{i:016x}" for i in range(n_problems)), score.astype(np.uint8), score, score)
+    with closing(Ledger.create(tmp_path, {}, {Split.SEARCH: score.problem_ids})) as ledger:
+        recipe = Recipe({"a": Source("a")}, "a", "a")
+        ledger.append_asks(
+            [Candidate(i, f"c{i}", Origin.SEARCH, 0, recipe, np.zeros(30, np.float32)) for i in range(n)]
+        )
+        for i in range(n):
+            detail = {"samples": [sample] * 3}
+            ledger.append_evaluation(
+                Evaluation(i, Status.DONE, 1.0, np.zeros(2), score=score, detail=detail), Split.SEARCH
+            )
+    told = run_bytes(config, Load(prompt=10, answers=n_problems, evaluations=n, genes=30)) - PICTURE_BYTES
+    assert told == pytest.approx(sum(file.stat().st_size for file in tmp_path.iterdir()), rel=0.25)
 
 
 def test_columns_by_hand():

@@ -21,6 +21,7 @@ from evo.planning.footprint import (
 from evo.planning.sources import Item, Sources
 from evo.planning.times import size
 from evo.residency import Residency
+from evo.worker import N_SAMPLES
 
 LATER_BYTES = 20 * MIB
 """Of libraries and model code that a search imports and a plan does not (0 to 45 MB were measured)."""
@@ -28,6 +29,8 @@ MLFLOW_BYTES = 340 * MIB
 """Of the process that writes to MLflow and draws pictures, as measured."""
 LEDGER_BYTES, OUTCOME_BYTES, ANSWER_BYTES, GENE_BYTES = 150_000, 2_000, 9, 4
 """Of the ledger: at first, and for each evaluation, with its answers and genes."""
+TOKEN_BYTES = 4
+"""Of the text of a token: some answers of each evaluation are kept in full, taken to be half of max_tokens long."""
 STORE_BYTES, PICTURE_BYTES = 900_000, 70_000
 """Of MLflow's store at first, and of the picture that it is given after every generation."""
 
@@ -176,7 +179,9 @@ def make_plan(
 
 def run_bytes(config: Config, load: Load) -> int:
     """Of the run folder: the ledger, the picture, and MLflow's store if it is in there."""
-    ledger = LEDGER_BYTES + load.evaluations * (OUTCOME_BYTES + ANSWER_BYTES * load.answers + GENE_BYTES * load.genes)
+    text = min(N_SAMPLES, load.answers) * TOKEN_BYTES * config.engine.max_tokens // 2
+    each = OUTCOME_BYTES + text + ANSWER_BYTES * load.answers + GENE_BYTES * load.genes
+    ledger = LEDGER_BYTES + load.evaluations * each
     inside = config.tracking.enabled and config.tracking.uri is None
     pictures = 1 + (2 + load.generations if inside else 0)
     return ledger + pictures * PICTURE_BYTES + (STORE_BYTES if inside else 0)
