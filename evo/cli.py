@@ -138,7 +138,7 @@ def export(
         str, typer.Option(help="knee, max-accuracy, max-tokens=N, or the id or name of a member of the front.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is there.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a member of the front as a checkpoint that plain transformers loads.
@@ -160,7 +160,7 @@ def merge(
         Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.yaml of an export, or mergekit's YAML.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is there.")] = False,
     common_vocabulary: Annotated[
         bool, typer.Option("--common-vocabulary", help="Merge the rows that all have: a config's vocabulary: common.")
     ] = False,

@@ -82,7 +82,7 @@ def export(run: Path, pick: str | int, out: Path, *, force: bool = False) -> Tol
         run: the run's folder.
         pick: see Front.pick.
         out: the new checkpoint's folder.
-        force: replace `out` if it is not empty.
+        force: replace the checkpoint that is in `out`.
 
     Returns:
         what is to be said of it.
@@ -134,6 +134,8 @@ def check_target(out: Path, inputs: list[Path], force: bool) -> None:
     for folder, whose in ((Path.cwd(), "the folder that you are in"), (Path.home(), "your home")):
         if target in (folder.resolve(), *folder.resolve().parents):
             raise ExportError(f"{out} is or contains {whose}, and would be deleted: choose another folder")
+    if not (out / "config.json").is_file():
+        raise ExportError(f"{out} holds no checkpoint, which is all that --force replaces: choose another folder")
 
 
 def write_checkpoint(
@@ -153,7 +155,7 @@ def write_checkpoint(
         out: the new checkpoint's folder.
         told: what is said of it besides; None for nothing but accounting.json.
         card: README.md, of the lines that the terminal gets.
-        force: replace `out` if it is not empty.
+        force: replace the checkpoint that is in `out`.
 
     Returns:
         what is to be said of it.

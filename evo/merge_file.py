@@ -39,7 +39,7 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
         file: a recipe of ours or mergekit's YAML; folders in it are taken relative to it where they are there,
             else relative to the working directory; other names are ids on the Hub.
         out: the new checkpoint's folder.
-        force: replace `out` if it is not empty.
+        force: replace the checkpoint that is in `out`.
         common_rows: let vocabularies differ by added and padded rows (see evo.vocabulary), as a recipe may say itself.
 
     Returns:

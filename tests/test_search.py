@@ -210,6 +210,10 @@ class TestExport:
         with pytest.raises(ExportError, match="not empty"):
             finished.export("knee", tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        with pytest.raises(ExportError, match="holds no checkpoint"):
+            finished.export("knee", tmp_path / "out", force=True)
+        assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+        (tmp_path / "out" / "config.json").write_text("{}")
         finished.export("knee", tmp_path / "out", force=True)
         assert not (tmp_path / "out" / "thesis.txt").exists()
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
