@@ -115,7 +115,7 @@ def _validated(data: Mapping[str, Any], folder: Path, lines: Mapping[Place, int]
 
 def _mistakes(config: Config, lines: Mapping[Place, int]) -> Iterator[tuple[Place, str]]:
     """What each section may say by itself, and is wrong with the others, its component or the disk."""
-    for checked in (_check_files, _check_knobs, _check_capabilities, _check_memory):
+    for checked in (_check_parents, _check_files, _check_knobs, _check_capabilities, _check_memory):
         yield from checked(config)
     for error in _check_options(config):
         yield _describe(lines, error, config)
@@ -148,6 +148,13 @@ def _check_options(config: Config) -> Iterator[dict[str, Any]]:
             component_options(getattr(config, section), table)
         except ValidationError as error:
             yield from ({**e, "loc": (section, *e["loc"])} for e in error.errors())
+
+
+def _check_parents(config: Config) -> Iterator[tuple[Place, str]]:
+    first: dict[Path, str] = {}
+    for name, path in config.parents.items():
+        if (same := first.setdefault(path.resolve(), name)) != name:
+            yield ("parents", name), f"is {same!r} again, {path}: expected another checkpoint"
 
 
 def _check_files(config: Config) -> Iterator[tuple[Place, str]]:

@@ -23,12 +23,13 @@ from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.encodings.mxfp4 import Mxfp4
 from evo.encodings.rounding import Rounding
-from evo.front import read_front
+from evo.front import Front, Row, read_front
 from evo.in_place import beside
 from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.mergekit.writer import MERGEKIT_FILE, CannotSayError, write_mergekit
 from evo.stamps import Stamps
+from evo.types import Origin
 from evo.vocabulary import common_rows
 from evo.weights import write_weights
 from search_spaces.recipe import Recipe
@@ -107,10 +108,18 @@ def export(run: Path, pick: str | int, out: Path, *, force: bool = False) -> Tol
         caveat = ledger.meta("caveat")
         _check_unchanged(config, ledger.meta("digests"))
         recipe = row.ask.recipe_in(lambda: build_space(config, sources, ledger.meta("digests")))
-    told = Told.of(recipe, sources)
+    told = Told.of(recipe, sources, _of_no_merge(row, front))
     return write_checkpoint(
         recipe, sources, out, told, lambda lines: model_card(row, recipe, front, config, lines, caveat), force=force
     )
+
+
+def _of_no_merge(row: Row, front: Front) -> list[str]:
+    """What to say of a pick, such as the knee, that turns out to be a parent."""
+    if row.ask.origin is not Origin.PARENT:
+        return []
+    merges = [member.ask.name for member in front.members if member.ask.origin is not Origin.PARENT]
+    return [f"{row.ask.name} is a parent, and no merge; merges on the front: {', '.join(merges) or 'none'}"]
 
 
 def check_target(out: Path, inputs: list[Path], force: bool) -> None:

@@ -98,6 +98,8 @@ def describe(error: Mapping[str, Any], allowed: Sequence[str]) -> str:
         return f"unknown key {key!r}: expected one of {', '.join(allowed)}{hint}"
     if kind in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"
+    if kind == "too_short":
+        return "expected at least {min_length}, got {actual_length}".format(**error["ctx"])
     expected = _EXPECTED.get(kind) or message.removeprefix("Value error, ")
     shown = kind in _EXPECTED or not isinstance(error.get("input"), dict | list | tuple)
     expected, *meant = expected.partition("; did you mean ")  # what came goes before it

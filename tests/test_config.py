@@ -88,7 +88,8 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("search: 32", "search: 0"): ["search.yaml:5: task.search", "greater than or equal to 1", "got 0"],
     ("norm]", "nrm]"): ["search.yaml:4: space.roles", "'attention'", "'nrm'"],
     ("concise: c", "concise: nowhere"): ["search.yaml:3: parents.concise", "no checkpoint folder at"],
-    ("  concise: c\n", ""): ["parents", "at least 2"],
+    ("  concise: c\n", ""): ["search.yaml:1: parents: expected at least 2, got 1"],
+    ("concise: c", "concise: ./r"): ["search.yaml:3: parents.concise: is 'reasoner' again"],
     ("kind: block,", "kind: block, base: concisse,"): ["no source is called 'concisse'", "did you mean 'concise'?"],
     ("kind: block,", "kind: block, donors: [concise],"): ["cannot be both the base and a donor"],
     ("roles: [[attention, norm], [ffn]]", "roles: [attention, ffn]"): [

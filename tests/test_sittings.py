@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from evo import Search
 from evo.cli import app
 from evo.config import Budget
+from evo.export import export
 from evo.ledger import Ledger, LedgerError
 from evo.loop import ResumeError, SearchError
 from evo.materializer import Materializer
@@ -102,6 +103,11 @@ def test_parents_may_move(tmp_path):
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
         assert ledger.id == id
     assert (Search.open(search.folder).export("reasoner", tmp_path / "out") / "config.json").is_file()
+    front = search.front()
+    merges = [row.ask.name for row in front.members if row.ask not in [parent.ask for parent in front.parents]]
+    note = f"reasoner is a parent, and no merge; merges on the front: {', '.join(merges) or 'none'}"
+    assert export(search.folder, "reasoner", tmp_path / "again").notes == (note,)
+    assert all(export(search.folder, name, tmp_path / name).notes == () for name in merges)
 
 
 def test_parents_that_are_written_to_meanwhile(tmp_path):
