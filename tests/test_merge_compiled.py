@@ -319,6 +319,19 @@ def test_a_loop_that_does_not_run_is_not_used(monkeypatch, caplog):
     assert "does not run" in caplog.text
 
 
+@needs_compiler
+def test_a_loop_that_found_no_memory_is_tried_again(monkeypatch):
+    def run(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
+    kernels._loops.clear()
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(cpp_loop.CppLoop, "run", run)
+        part_merge("linear").compiled()
+    assert part_merge("linear").compiled() is not None
+
+
 def test_compiling_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     monkeypatch.setenv(kernels.OFF, "1")

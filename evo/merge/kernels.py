@@ -215,6 +215,8 @@ def _gives(fused: Fused, expected: Tensor) -> bool:
     found = torch.empty_like(expected)
     try:
         fused.run(found)
+    except torch.OutOfMemoryError:  # says nothing of the loop
+        raise
     except Exception as error:  # of whatever kind: compilers of GPU code, which run late, have many
         log.warning("the compiled loop of a merge does not run, and is not used: %s", error)
         return False
