@@ -12,7 +12,9 @@ from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
+from evo.planning.batching import Batch
 from fitness.engines.columns import cache_name
+from fitness.engines.decoding import Request
 from fitness.engines.transformers import TransformersEngine, find_slots, load_model
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
@@ -183,6 +185,23 @@ def test_a_batch_size_is_found_for_models_that_remember_more_than_keys_and_value
         engine.batch_size = None
         engine.generate(["1+2"], max_tokens=40)
         assert engine.batch_size == rows
+
+
+def test_the_work_of_a_batch_that_is_not_refilled_is_what_the_model_is_given(tmp_path):
+    """As hybrids are decoded: every row goes on until the longest answer of its batch has ended."""
+    changes = {k: v for k, v in ARCHITECTURES["qwen3_next"].items() if k != "without"}
+    engine, given = engine_of(tmp_path, "qwen3_next", 3, **changes), []
+    engine._model.register_forward_pre_hook(
+        lambda model, args, inputs: given.append(inputs["attention_mask"].shape), with_kwargs=True
+    )
+    most = [2, 9, 4, 7, 1, 3, 12]
+    requests = [Request(engine._text.encode("1+2"), n, i) for i, n in enumerate(most)]
+    lengths = [len(ids) for ids in engine._decoder.decode(requests, 3)]
+    prompt = len(requests[0].ids)
+    work = Batch(3, prompt, refilled=False).work(lengths, 12)
+    passes = [(rows, columns + 1) for rows, columns in given]
+    assert len(set(lengths)) > 3
+    assert work.tolist() == [1, 7, len(passes), sum(r for r, _ in passes), sum(r * c for r, c in passes)]
 
 
 @pytest.mark.parametrize(

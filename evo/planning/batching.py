@@ -1,4 +1,4 @@
-"""What a batch that is refilled costs: from the lengths of its answers, and from tries that were timed.
+"""What a batch costs that is refilled, or not: from the lengths of its answers, and from tries that were timed.
 
 A call takes a while, a step of the batch some more, each row in it and each prompt more again; and so does attention:
 every row is padded to the longest. Which rows are decoded together is what the engine's own schedule says.
@@ -34,6 +34,8 @@ class Batch:
     model_bytes: int = 0
     token_bytes: int = 1
     """Of a token's keys and values."""
+    refilled: bool = True
+    """Or else a batch goes on until its longest answer has ended, as that of a model with recurrent states."""
 
     def work(self, lengths: Sequence[int], most: int) -> NDArray[np.float64]:
         """What is done to write answers.
@@ -45,6 +47,8 @@ class Batch:
         Returns:
             calls (1), prompts, steps, rows summed over steps, and rows times tokens of the longest summed over steps.
         """
+        if not self.refilled:
+            return self._work_in_turns(lengths)
         total, written = np.maximum(1, lengths), np.zeros(len(lengths), np.int64)
         lowest = lowest_level(self.model_bytes, self.rows, self.token_bytes)
         others = Levels([self.prompt] * len(lengths), self.rows, self.prompt + most, lowest)
@@ -73,6 +77,16 @@ class Batch:
             for i in inside[outgrown]:
                 others.park(int(i), self.prompt + int(written[i]))
             inside = np.delete(inside, outgrown)
+        return np.array([1, len(lengths), n_steps, row_steps, attended], np.float64)
+
+    def _work_in_turns(self, lengths: Sequence[int]) -> NDArray[np.float64]:
+        """The same of one batch after the other."""
+        n_steps = row_steps = attended = 0
+        for start in range(0, len(lengths), self.rows):
+            batch = lengths[start : start + self.rows]
+            longest = max(1, *batch)
+            n_steps, row_steps = n_steps + longest, row_steps + len(batch) * longest
+            attended += len(batch) * (longest * self.prompt + longest * (longest + 1) // 2)
         return np.array([1, len(lengths), n_steps, row_steps, attended], np.float64)
 
 

@@ -35,7 +35,7 @@ from evo.planning.sources import Sources, used_sources
 from evo.planning.times import candidate_seconds, search_seconds, size, span
 from fitness.engines import ENGINES
 from fitness.engines.memory import ROW_LOGIT_BYTES, anonymous_bytes, free_bytes, missing_gpu, rows_that_fit, total_bytes
-from fitness.engines.outline import described
+from fitness.engines.outline import described, outline_of
 from fitness.engines.transformers import longest_prompt
 from fitness.engines.vllm import cache_bytes, share_of_memory
 from fitness.splits import problems_of
@@ -65,10 +65,10 @@ class Planned:
     @property
     def batch(self) -> Batch:
         """Of answers that are decoded together."""
-        token = cache_token_bytes(
-            self.checkpoints[self.config.interface_parent].config(), DTYPE_BYTES[self.settings.dtype]
-        )
-        return Batch(self.settings.rows, self.load.prompt, self.plan.model, token)
+        model, dtype = self.checkpoints[self.config.interface_parent].config(), self.settings.dtype
+        token, outline = cache_token_bytes(model, DTYPE_BYTES[dtype]), outline_of(model, getattr(torch, dtype))
+        refilled = outline is None or outline.columnar
+        return Batch(self.settings.rows, self.load.prompt, self.plan.model, token, refilled)
 
     def report(self, tokens: float | None) -> Iterator[str]:
         """Lines for a terminal: bytes by place, then seconds.
