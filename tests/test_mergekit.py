@@ -184,6 +184,17 @@ tokenizer_source: a
         assert any("int8_mask: ignored" in line for line in told.lines)
         assert any("wieght: ignored" in line and "did you mean 'weight'" in line for line in told.lines)
 
+    @pytest.mark.parametrize(
+        ("source", "interface"), [("a", "a"), ("model:a", "a"), ("base", "base"), ("union", "base")]
+    )
+    def test_the_tokenizer_of_a_model(self, models, tmp_path, source, interface):
+        """ "model:" is how mergekit said it first."""
+        head = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a, parameters: {weight: 0.5}}]\n"
+        (models / "recipe.yaml").write_text(f"{head}tokenizer_source: {source}\n")
+        merge(models / "recipe.yaml", tmp_path / "out")
+        recipe = Recipe.from_yaml((tmp_path / "out" / "recipe.yaml").read_text())
+        assert recipe.interface == ("a" if source[-1] == "a" else "base")
+
     def test_truth_values_over_the_layers(self, merged, models):
         out = merged(ONE_AND_THREE + "parameters: {normalize: [1, 0]}")
 
@@ -215,6 +226,7 @@ parameters: {weight: 0.25}
             ("models: [{model: a, parameters: {weight: [{value: 0.5}, {filter: mlp, value: 0.1}]}}]",
              "models.0.parameters.weight.1: never asked"),
             ("models: [{model: a}]\ntokenizer_source: union", "union is read as base"),
+            ("models: [{model: a}]\nchat_template: auto", "auto is read as that of the model whose tokenizer is taken"),
         ],
     )  # fmt: skip
     def test_what_is_not_used_is_said(self, models, tmp_path, text, note):

@@ -236,11 +236,15 @@ class Document:
                                     "vocabularies must be equal already")  # fmt: skip
             source = tokenizer.get("source")
         self.tokenizer = None if source is None else place[0]
-        if data.get("chat_template"):
+        if data.get("chat_template") == "auto":
+            self.notes.append("chat_template: auto is read as that of the model whose tokenizer is taken")
+        elif data.get("chat_template"):
             raise MergekitError(("chat_template",), "not here; edit chat_template.jinja in the result instead")
         if source == "union":
             self.notes.append(f"{place[0]}: union is read as base: the same for equal vocabularies, but for padding")
-        return default if source in (None, "base", "union") else self._name(source, place)
+        if source in (None, "base", "union"):
+            return default
+        return self._name(source.removeprefix("model:") if isinstance(source, str) else source, place)
 
     def _dtype(self, data: Mapping[str, Any]) -> tuple[str, Place] | None:
         """What is asked for of the files, as safetensors writes it. Merging is in float32 whatever is asked."""
