@@ -193,6 +193,20 @@ def test_stop_strings_end_a_completion_and_are_cut_off(kind, llama):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_a_special_token_is_a_stop_string_too(kind, llama):
+    special = AutoTokenizer.from_pretrained(llama).bos_token
+    with running(kind, llama) as engine:
+        free = engine.generate(MANY, max_tokens=30)
+    with running(kind, llama, decoding=Decoding(stop=(special,))) as engine:
+        stopped = engine.generate(MANY, max_tokens=30)
+    assert any(special in completion.text for completion in free)
+    for with_stop, without in zip(stopped, free, strict=True):
+        ids = list(without.token_ids)
+        assert list(with_stop.token_ids) == (ids[: ids.index(1) + 1] if 1 in ids else ids)
+        assert with_stop.text == without.text.partition(special)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_without_room_is_one_failed_completion(kind, llama):
     with running(kind, llama) as engine:
         completions = engine.generate(["1" * 300, "7"], max_tokens=100)

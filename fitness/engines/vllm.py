@@ -178,6 +178,7 @@ class VllmEngine:
             stop_token_ids=self._text.stop_ids,
             ignore_eos=True,  # the stop tokens are those above
             detokenize=bool(self._text.stop),
+            skip_special_tokens=False,  # a stop string may be, or hold, the text of one
             **cuts,
         )
 
