@@ -84,7 +84,8 @@ def _unfused(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iter
             names = [f"{module}.{part}.{attribute}" for part in FUSED[kind]]
             yield from zip(names, tensor.split([shapes[n][0] for n in names]), strict=True)
         elif attribute in ("w13_weight", "w2_weight"):
-            for expert, rows in enumerate(_unpacked(tensor)):
+            kernel = model.get_submodule(prefix).quant_method.moe_kernel.fused_experts
+            for expert, rows in enumerate(_unpacked(tensor, kernel.isa)):
                 experts = f"{prefix.removesuffix('.routed_experts')}.{expert}"
                 if attribute == "w2_weight":
                     yield f"{experts}.down_proj.weight", rows
@@ -96,10 +97,11 @@ def _unfused(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iter
             yield name, tensor[: shapes[name][0]]  # vLLM pads vocabularies
 
 
-def _unpacked(packed: Tensor) -> Tensor:
+def _unpacked(packed: Tensor, isa: str) -> Tensor:
     """vLLM's order of an expert's elements on a CPU, found by packing their numbers, and undone."""
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    numbers = torch.arange(packed.numel(), dtype=torch.float32).view(packed.shape)
-    order = cpu_prepack_moe_weight(numbers, "vec").flatten().long()
+    number = {2: torch.int16, 4: torch.int32}[packed.element_size()]  # as bits: 16-bit floats cannot count so far
+    numbers = torch.arange(packed.numel()).to(number).view(packed.dtype).view(packed.shape)
+    order = cpu_prepack_moe_weight(numbers, isa).view(number).flatten().long() % 2 ** (8 * packed.element_size())
     return torch.empty_like(packed).flatten().index_copy(0, order, packed.flatten()).view(packed.shape)

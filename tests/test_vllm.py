@@ -5,6 +5,7 @@ import os
 from contextlib import closing
 
 import pytest
+import torch
 
 from evo.assemble import build_space, open_sources
 from evo.ledger import Ledger
@@ -76,6 +77,18 @@ def test_two_workers_hold_one_candidate_together(name, tmp_path, monkeypatch):
         assert ids(fresh) == found[-1] != found[0]
     if name != "deepseek_v3":  # whose text is another in vLLM than in transformers
         assert found[-1] == [reference_ids(folder, prompt, 16)[1] for prompt in PROMPTS]
+
+
+def test_a_processor_with_amx_takes_a_kernel_for_mla_whose_weights_can_be_loaded_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    make = CONFIGS_OF_ENGINES["deepseek_v3"]
+    parents = {n: make_checkpoint(tmp_path / n, make(), seed) for seed, n in enumerate("ab")}
+    with running("vllm", parents["a"]) as engine:
+        engine.host("evo.materializer:Materializer.hosted", sources={n: str(p) for n, p in parents.items()})
+        engine.update(recipe(parents, 0.5).to_dict())
+        found = ids(engine)
+    with running("vllm", export(recipe(parents, 0.5), parents, tmp_path / "export")) as fresh:
+        assert ids(fresh) == found
 
 
 def test_arguments_that_vllm_does_not_know_or_that_are_decided_elsewhere_are_refused(parents):

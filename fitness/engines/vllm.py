@@ -99,6 +99,8 @@ class VllmEngine:
         self._text = Text(checkpoint, generation, stop=decoding.stop, system=system, chat=chat)
         if current_platform.is_cpu():
             options.setdefault("enforce_eager", True)  # compiling takes half a minute, and gains little
+            if "attention_config" not in options:  # AMX's kernel for MLA drops weights, so that no others can follow
+                options.setdefault("attention_backend", "CPU_MLA")
         if batch_size != "auto":
             options["max_num_seqs"] = batch_size
         self._llm = LLM(
