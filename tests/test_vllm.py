@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from transformers import GptOssConfig
 
 from evo.assemble import build_space, open_sources
 from evo.ledger import Ledger
@@ -89,6 +90,18 @@ def test_a_processor_with_amx_takes_a_kernel_for_mla_whose_weights_can_be_loaded
         found = ids(engine)
     with running("vllm", export(recipe(parents, 0.5), parents, tmp_path / "export")) as fresh:
         assert ids(fresh) == found
+
+
+def test_weights_that_vllm_loads_at_its_start_alone_are_told_of(tmp_path):
+    """gpt-oss: vLLM says that it has loaded them, and computes with those of the candidate before."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    sizes = {"vocab_size": 18, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = GptOssConfig(**sizes, **heads, num_local_experts=2, max_position_embeddings=256)
+    parents = {n: make_checkpoint(tmp_path / n, config, seed) for seed, n in enumerate("ab")}
+    with running("vllm", parents["a"]) as engine:
+        engine.host("evo.materializer:Materializer.hosted", sources={n: str(p) for n, p in parents.items()})
+        with pytest.raises(RuntimeError, match=r"not loaded 15 weight\(s\) .*model.layers.0.attn.sinks, .*w13_bias"):
+            engine.update(recipe(parents, 0.3).to_dict())
 
 
 def test_arguments_that_vllm_does_not_know_or_that_are_decided_elsewhere_are_refused(parents):

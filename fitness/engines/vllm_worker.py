@@ -42,7 +42,7 @@ class MergeWorker:
                 tensor.zero_()
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Raises RuntimeError if weights are left that the tensors did not reach."""
+        """Raises RuntimeError if weights are left that the tensors did not reach, whatever the model says."""
         model = self.model_runner.get_model()
         names = {name for name, _ in model.named_parameters()}
         kernels = _forget_kernels(model)
@@ -50,6 +50,7 @@ class MergeWorker:
         names &= {name for name, _ in model.named_parameters()}  # those that a checkpoint has, too
         try:
             loaded = model.load_weights(weights)
+            lost = names & _without_values(model)
         except BaseException:
             _forget_loaded(model)
             raise
@@ -58,9 +59,26 @@ class MergeWorker:
             _pack_tied_heads(model)
             for method, kernel in kernels.items():
                 method.moe_kernel = method.moe_kernel or kernel
-        missed = sorted(names - loaded) if loaded is not None and self.vllm_config.quant_config is None else []
-        if missed:
-            raise RuntimeError(f"vLLM has not loaded {len(missed)} weight(s) of the merge: {', '.join(missed[:5])}")
+        if self.vllm_config.quant_config is not None:  # whose layers have weights that few checkpoints hold
+            lost &= loaded or set()
+        elif loaded is not None:
+            lost |= names - loaded
+        if lost:
+            raise RuntimeError(
+                f"vLLM has not loaded {len(lost)} weight(s) of the merge ({', '.join(sorted(lost)[:5])}): it may be "
+                "unable to load them more than once in this architecture; the engine 'transformers' can"
+            )
+
+
+def _without_values(model: nn.Module) -> set[str]:
+    """Weights that nothing was collected for: some models (gpt-oss) write past the reload, to tensors without data."""
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, layer in model.named_modules()
+        for name, weight in layer._parameters.items()
+        if weight is not None and weight.is_meta
+        if name not in {collected for collected, _ in get_layerwise_info(layer).loaded_weights}
+    }
 
 
 def _forget_loaded(model: nn.Module) -> None:
