@@ -20,6 +20,7 @@ from tests.test_engine_contract import export, ids, recipe
 
 pytest.importorskip("vllm")
 ENGINE = {"kind": "vllm", "dtype": "float32", "batch_size": 4, "max_tokens": 12, **OPTIONS["vllm"]}
+WRONG = {"method": "no such method"}
 TASK = {"kind": "arithmetic", "search": 6, "reserve": 2, "held_out": 4}
 
 
@@ -73,6 +74,9 @@ def test_two_workers_hold_one_candidate_together(name, tmp_path, monkeypatch):
         for share in (0.3, 0.8, 0.5):
             engine.update(recipe(parents, share).to_dict())
             found.append(ids(engine))
+            with pytest.raises(ValueError, match="no such method"):  # no answer to it is taken for the next one's
+                engine.update({**(wrong := recipe(parents, 0.5).to_dict()), "rules": [{**wrong["rules"][0], **WRONG}]})
+            assert ids(engine) == found[-1]
     folder = export(recipe(parents, 0.5), parents, tmp_path / "export")
     with running("vllm", folder, **options) as fresh:
         assert ids(fresh) == found[-1] != found[0]

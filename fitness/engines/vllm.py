@@ -123,17 +123,24 @@ class VllmEngine:
 
     def host(self, writer: str, **arguments: Any) -> None:
         """See Engine."""
-        self._llm.collective_rpc("host_writer", args=(writer, arguments))
+        self._call("host_writer", writer, arguments)
 
     def update(self, recipe: Mapping[str, Any]) -> Any:
         """See Engine. The report is that of the first rank."""
         self._abort()
         try:
-            report, *_ = self._llm.collective_rpc("write_recipe", args=(recipe,))
+            return self._call("write_recipe", recipe)
         finally:
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM still holds cached keys and values of the weights before")
-        return report
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """What the first rank answers, once all have; raises the first error that one answers with."""
+        answers = self._llm.collective_rpc(method, args=arguments)
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return answers[0][0]
 
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int, seeds: Sequence[int] | None = None

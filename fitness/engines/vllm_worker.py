@@ -8,8 +8,9 @@ Knows no recipes, and no architecture.
 
 from __future__ import annotations
 
+import pickle
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
+
+Answer = tuple[Any, Exception | None]
+"""Of a rank: what was asked for, or why there is none."""
 
 
 class MergeWorker:
@@ -26,14 +30,22 @@ class MergeWorker:
     model_runner: Any
     vllm_config: Any
 
-    def host_writer(self, writer: str, arguments: Mapping[str, Any]) -> None:
+    def host_writer(self, writer: str, arguments: Mapping[str, Any]) -> Answer:
         """Create the writer: `writer` names a callable (slots, device=, **arguments); there are no slots here."""
-        self._merge_writer = pkgutil.resolve_name(writer)(None, device=self.device, **arguments)
 
-    def write_recipe(self, recipe: Mapping[str, Any]) -> Any:
+        def host() -> None:
+            self._merge_writer = pkgutil.resolve_name(writer)(None, device=self.device, **arguments)
+
+        return _answer(host)
+
+    def write_recipe(self, recipe: Mapping[str, Any]) -> Answer:
         """Let the writer feed a recipe's tensors to the loader."""
-        with set_current_vllm_config(self.vllm_config):
-            return self._merge_writer.feed(recipe, self._load_weights)
+
+        def write() -> Any:
+            with set_current_vllm_config(self.vllm_config):
+                return self._merge_writer.feed(recipe, self._load_weights)
+
+        return _answer(write)
 
     def clear_cache(self) -> None:
         """Overwrite all cached keys and values: in a masked place a NaN still makes NaN (0 times NaN) of an answer."""
@@ -68,6 +80,18 @@ class MergeWorker:
                 f"vLLM has not loaded {len(lost)} weight(s) of the merge ({', '.join(sorted(lost)[:5])}): it may be "
                 "unable to load them more than once in this architecture; the engine 'transformers' can"
             )
+
+
+def _answer(call: Callable[[], Any]) -> Answer:
+    """What a call returns, or its error: of a call that raises, vLLM leaves further ranks' answers to the next."""
+    try:
+        return call(), None
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # it cannot go to another process
+            return None, RuntimeError(f"{type(error).__name__}: {error}")
+        return None, error
 
 
 def _without_values(model: nn.Module) -> set[str]:
