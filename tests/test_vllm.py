@@ -16,7 +16,7 @@ from tests.conftest import CONFIGS_OF_ENGINES, make_checkpoint
 from tests.engines import OPTIONS, running
 from tests.synthetic import config_of
 from tests.test_engine import PROMPTS, reference_ids
-from tests.test_engine_contract import export, ids, recipe
+from tests.test_engine_contract import MANY, export, ids, recipe
 
 pytest.importorskip("vllm")
 ENGINE = {"kind": "vllm", "dtype": "float32", "batch_size": 4, "max_tokens": 12, **OPTIONS["vllm"]}
@@ -82,6 +82,30 @@ def test_two_workers_hold_one_candidate_together(name, tmp_path, monkeypatch):
         assert ids(fresh) == found[-1] != found[0]
     if name != "deepseek_v3":  # whose text is another in vLLM than in transformers
         assert found[-1] == [reference_ids(folder, prompt, 16)[1] for prompt in PROMPTS]
+
+
+def test_a_collapsed_merge_fails_alone_where_batches_are_scheduled_ahead(tmp_path, monkeypatch):
+    """As on GPUs: when logits are found to be NaN, the next batch is on its way."""
+    from vllm.platforms import current_platform
+
+    check = current_platform.check_and_update_config
+
+    def ahead(config):
+        check(config)
+        config.scheduler_config.async_scheduling = True  # which is off on CPUs
+
+    monkeypatch.setattr(type(current_platform), check.__name__, staticmethod(ahead))
+    parents = {n: make_checkpoint(tmp_path / n, CONFIGS_OF_ENGINES["llama"](), seed) for seed, n in enumerate("ab")}
+    with running("vllm", parents["a"]) as engine:
+        engine.host("evo.materializer:Materializer.hosted", sources={n: str(p) for n, p in parents.items()})
+        engine.update(recipe(parents, 0.3).to_dict())
+        before = engine.generate(MANY, max_tokens=12)
+        for _ in range(2):
+            engine.update(recipe(parents, 3e38).to_dict())
+            with pytest.raises(FloatingPointError):
+                engine.generate(MANY, max_tokens=12)
+            engine.update(recipe(parents, 0.3).to_dict())
+            assert engine.generate(MANY, max_tokens=12) == before
 
 
 def test_a_processor_with_amx_takes_a_kernel_for_mla_whose_weights_can_be_loaded_anew(tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ class VllmEngine:
         try:
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         except RuntimeError as error:
-            if "NaNs detected in logits" in str(error):
+            if _tells_of_nan(error):
                 self._abort()
                 self._llm.collective_rpc("clear_cache")
                 raise FloatingPointError("the model's logits are not finite") from error
@@ -194,10 +194,19 @@ class VllmEngine:
     def _abort(self) -> None:
         """Drop requests that an interrupt or an error has left behind, and the memory that they hold."""
         engine = self._llm.llm_engine
+        core = engine.engine_core.engine_core
         if engine.has_unfinished_requests():
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            while engine.engine_core.engine_core.scheduler.has_requests():
+        while core.scheduler.has_requests() or core.batch_queue:
+            try:
                 engine.step()
+            except RuntimeError as error:  # where batches are scheduled ahead, the next has the same weights
+                if not _tells_of_nan(error):
+                    raise
+
+
+def _tells_of_nan(error: RuntimeError) -> bool:
+    return "NaNs detected in logits" in str(error)
 
 
 def _prepare_environment(batch_invariant: bool) -> bool:
