@@ -439,6 +439,18 @@ class TestVllm:
         plan = self.plan_of(chimera, tensor_parallel_size=2)(Settings("gpu", "bfloat16", 1, total=10**9, share=0.5))
         assert plan.model == model_bytes(open_checkpoints(chimera.sources)["reasoner"], "bfloat16") // 2
 
+    def test_a_context_that_vllm_is_given_is_the_one_that_answers_must_fit(self, chimera, tmp_path):
+        engine = {"kind": "vllm", "max_tokens": 110, "options": {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 20}}
+        config = config_of(chimera.sources, engine=engine)
+        with pytest.raises(PlanError, match=r"max_tokens is 110, but the model's context has room for 64 tokens"):
+            plan_search(config, out=tmp_path)
+
+    @pytest.mark.parametrize("name", ["tensor_parallel_size", "kv_cache_memory_bytes", "gpu_memory_utilization"])
+    def test_what_has_to_be_a_number_is_named(self, chimera, tmp_path, name):
+        config = config_of(chimera.sources, engine={"kind": "vllm", "max_tokens": 110, "options": {name: "64M"}})
+        with pytest.raises(ValueError, match=rf"^engine.options.{name}: expected a number, got '64M'"):
+            plan_search(config, out=tmp_path)
+
     def test_a_share_that_is_too_small_or_too_large_is_refused_with_one_that_fits(self, chimera):
         plan_of, asked = self.plan_of(chimera), Settings("gpu", "bfloat16", 1, engine="vllm", total=10**8, share=0.01)
         with pytest.raises(

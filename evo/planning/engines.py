@@ -14,7 +14,7 @@ from evo.planning.sources import Item
 from evo.planning.times import size
 from fitness.engines.sampling import Settings as Sampling
 from fitness.engines.text import generation_config
-from fitness.engines.vllm import cache_bytes, share_of_memory
+from fitness.engines.vllm import cache_bytes, ranks, share_of_memory
 from fitness.types import Decoding
 
 CUDA_BYTES = 512 * MIB
@@ -55,7 +55,7 @@ def vllm(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> H
     share.
     """
     options: Mapping[str, Any] = config.engine.options.get("options") or {}
-    n_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    n_ranks = ranks(options)
     device, whole = settings.device, model_bytes(interface, settings.dtype)
     weights = (export_bytes(interface) if interface.quantization else whole) // n_ranks
     cached, step = _row_bytes(config, interface, prompt, settings.dtype)

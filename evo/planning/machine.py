@@ -85,7 +85,7 @@ class Planned:
         if self.settings.residency == "auto":
             yield f"memory.residency: auto is {self.plan.residency} here"
         most, plan, load = self.config.engine.max_tokens, self.plan, self.load
-        context = _context(self.checkpoints[self.config.interface_parent])
+        context = _context(self.config, self.checkpoints[self.config.interface_parent])
         if context is not None and load.prompt + most > context:
             yield (
                 f"the longest prompt has {load.prompt} tokens: with max_tokens {most} that exceeds the context of "
@@ -124,7 +124,7 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
     }
     interface = checkpoints[config.interface_parent]
     load, most = _load(config, checkpoints, task, options)
-    context = _context(interface)
+    context = _context(config, interface)
     if context is not None and config.engine.max_tokens >= context:
         raise PlanError(
             f"engine.max_tokens is {config.engine.max_tokens}, but the model's context has room for {context} tokens, "
@@ -175,10 +175,11 @@ def device_of(options: dict[str, Any]) -> torch.device:
     return device
 
 
-def _context(interface: Checkpoint) -> int | None:
+def _context(config: Config, interface: Checkpoint) -> int | None:
     """Tokens that a prompt and its answer may have together."""
     found: int | None = described(interface.config()).get("max_position_embeddings")
-    return found
+    given = (config.engine.options.get("options") or {}).get("max_model_len")  # of vLLM
+    return given if config.engine.kind == "vllm" and isinstance(given, int) and given > 0 else found
 
 
 def n_first(config: Config, space: Any) -> int:

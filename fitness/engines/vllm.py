@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -36,14 +37,27 @@ UTILIZATION = 0.92
 
 def share_of_memory(options: Mapping[str, Any]) -> float:
     """Of a device's whole memory, what vLLM takes for weights, activations and cache together."""
-    return float(options.get("gpu_memory_utilization", UTILIZATION))
+    return float(_number(options, "gpu_memory_utilization") or UTILIZATION)
 
 
 def cache_bytes(options: Mapping[str, Any], device: str) -> int | None:
     """Of the cache of keys and values, where it is given, and the share counts for nothing; None: the share's rest."""
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "") if device == "cpu" else ""
-    found = int(space) << 30 if space else options.get("kv_cache_memory_bytes")
+    found = int(space) << 30 if space else _number(options, "kv_cache_memory_bytes")
     return None if found is None else int(found)
+
+
+def ranks(options: Mapping[str, Any]) -> int:
+    """Among which the weights are cut."""
+    counts = (_number(options, f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
+    return math.prod(int(count or 1) for count in counts)
+
+
+def _number(options: Mapping[str, Any], name: str) -> float | None:
+    found = options.get(name)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int | float)):
+        raise ValueError(f"engine.options.{name}: expected a number, got {found!r}")
+    return found
 
 
 NOT_INVARIANT = (
