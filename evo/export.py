@@ -23,7 +23,7 @@ from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.encodings.mxfp4 import Mxfp4
 from evo.encodings.rounding import Rounding
-from evo.front import read_front
+from evo.history import History
 from evo.in_place import beside
 from evo.ledger import Ledger
 from evo.materializer import Materializer
@@ -96,7 +96,7 @@ def export(run: Path, pick: str | int, out: Path, *, force: bool = False) -> Tol
     with contextlib.closing(ledger):
         config = Config.model_validate(ledger.meta("config"))
         check_target(out, [*config.sources.values(), run], force)
-        front = read_front(ledger)
+        front = History(ledger).front
         row = front.pick(pick)
         if gone := [f"{name} ({path})" for name, path in config.sources.items() if not path.is_dir()]:
             raise ExportError(

@@ -31,7 +31,7 @@ from evo.assemble import (
 )
 from evo.config import Budget, Config, ConfigError, changed_keys
 from evo.config_file import budget_of, check, config_of, load_config
-from evo.front import Front, read_front
+from evo.front import Front
 from evo.history import History
 from evo.interrupts import interruptible
 from evo.ledger import Ledger
@@ -78,7 +78,7 @@ class Search:
     def front(self) -> Front:
         """The front as the ledger has it now."""
         with closing(Ledger.open(self.folder, read_only=True)) as ledger:
-            return read_front(ledger)
+            return History(ledger).front
 
     @property
     def ended(self) -> str | None:
