@@ -295,6 +295,8 @@ class Config(_Section):
             _known(self.interface, self.sources, "parent")
         for name in [*([self.space.base] if self.space.base else []), *(self.space.donors or [])]:
             _known(name, self.sources, "source")
+        if len(set(self.space_donors)) < len(self.space_donors):
+            raise ValueError(f"space: expected each donor once, got {', '.join(self.space_donors)}")
         if self.space_base in self.space_donors:
             raise ValueError(f"space: {self.space_base!r} cannot be both the base and a donor")
         if not self.space_donors:

@@ -91,6 +91,9 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("  concise: c\n", ""): ["parents", "at least 2"],
     ("kind: block,", "kind: block, base: concisse,"): ["no source is called 'concisse'", "did you mean 'concise'?"],
     ("kind: block,", "kind: block, donors: [concise],"): ["cannot be both the base and a donor"],
+    ("kind: block,", "kind: block, donors: [reasoner, reasoner],"): [
+        "expected each donor once, got reasoner, reasoner"
+    ],
     ("roles: [[attention, norm], [ffn]]", "roles: [attention, ffn]"): [
         "search.yaml:4: space.roles.0: expected a list, got 'attention'"
     ],
