@@ -5,7 +5,6 @@ Validated whole before anything is loaded. Knows no torch.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from evo.errors import did_you_mean
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
@@ -52,9 +52,7 @@ class Component(BaseModel):
 
 def _known(name: str, table: Mapping[str, Any], what: str) -> str:
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no {what} is called {name!r}: expected one of {', '.join(table)}{hint}")
+        raise ValueError(f"no {what} is called {name!r}: expected one of {', '.join(table)}{did_you_mean(name, table)}")
     return name
 
 

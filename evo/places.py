@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
+
+from evo.errors import did_you_mean
 
 Place = tuple[str, ...]
 """Keys, and positions in lists, that lead to a value."""
@@ -93,9 +94,7 @@ def describe(error: Mapping[str, Any], allowed: Sequence[str]) -> str:
     """
     key, kind, message = str(error["loc"][-1] if error["loc"] else ""), error["type"], str(error["msg"])
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(key, allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {key!r}: expected one of {', '.join(allowed)}{hint}"
+        return f"unknown key {key!r}: expected one of {', '.join(allowed)}{did_you_mean(key, allowed)}"
     if kind in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"
     expected = _EXPECTED.get(kind) or message.removeprefix("Value error, ")
