@@ -23,7 +23,7 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
         ConfigError: if the component has an option without a type hint.
     """
-    kind: str = component.kind  # type: ignore[attr-defined]
+    kind = component.kind
     target = pkgutil.resolve_name(table[kind])
     built = built_by(target)
     hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
@@ -60,7 +60,7 @@ def validated(section: type[ComponentT], table: Mapping[str, str], values: Mappi
     keys = list(section.model_fields)
     try:
         component = section.model_validate(dict(values))
-        keys += option_names(pkgutil.resolve_name(table[component.kind]))  # type: ignore[attr-defined]
+        keys += option_names(pkgutil.resolve_name(table[component.kind]))
         component_options(component, table)
     except ValidationError as error:
         found = [(tuple(map(str, e["loc"])), describe(dict(e), keys)) for e in error.errors()]

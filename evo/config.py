@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -43,6 +43,17 @@ class Component(BaseModel):
     """A `kind` out of a table, and options that the component's own signature decides."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    kinds: ClassVar[Mapping[str, str]]
+    """The table: name -> "module:attribute"."""
+    what: ClassVar[str]
+    """What errors call one."""
+
+    kind: str
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return _known(value, cls.kinds, cls.what)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -59,6 +70,8 @@ def _known(name: str, table: Mapping[str, Any], what: str) -> str:
 class SpaceConfig(Component):
     """What may vary. Further keys are options of the space."""
 
+    kinds, what = SPACES, "search space"
+
     kind: str = "block"
     """Which parts of the model share genes."""
     method: str = "linear"
@@ -73,11 +86,6 @@ class SpaceConfig(Component):
     knobs: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
     """Further arguments of the method, "density" or "density:DONOR": a number is fixed, a pair is searched
     between the two, with a gene for every group of parts."""
-
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, SPACES, "search space")
 
     @field_validator("method")
     @classmethod
@@ -104,17 +112,16 @@ class SpaceConfig(Component):
 class TaskConfig(Component):
     """What models are scored on. Further keys are options of the task."""
 
+    kinds, what = TASKS, "task"
+
     kind: str
     """Where problems come from."""
-
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, TASKS, "task")
 
 
 class EngineConfig(Component):
     """What generates. Further keys are options of the engine."""
+
+    kinds, what = ENGINES, "engine"
 
     kind: str = "transformers"
     """What runs the model."""
@@ -123,22 +130,14 @@ class EngineConfig(Component):
     threads: int | None = Field(None, ge=1)
     """CPU threads; default all."""
 
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, ENGINES, "engine")
-
 
 class OptimizerConfig(Component):
     """What proposes. Further keys are options of the optimizer."""
 
+    kinds, what = OPTIMIZERS, "optimizer"
+
     kind: str = "nsga2"
     """The algorithm."""
-
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, OPTIMIZERS, "optimizer")
 
 
 class Constraints(_Section):
