@@ -9,7 +9,8 @@ from typing import Any
 
 from evo.errors import did_you_mean
 from evo.mergekit.methods import DIALECTS, Base, Dialect
-from evo.mergekit.settings import MergekitError, Place, check
+from evo.mergekit.settings import MergekitError, check
+from evo.places import Place
 
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
