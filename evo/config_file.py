@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from evo.components import component_options, option_names
+from evo.components import component_options, options_of
 from evo.config import Budget, Config, ConfigError
 from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
@@ -261,5 +261,5 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
     section: Any = Config.model_fields[place[0]].annotation
     keys = list(section.model_fields)
     if config is not None and place[0] in COMPONENTS:
-        keys += option_names(pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind]))
+        keys += options_of(pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind]))
     return keys
