@@ -95,9 +95,8 @@ class Checkpoint:
             UnknownTensorError: if a tensor's role cannot be told.
             CheckpointError: if a tensor that is to be merged holds no floats.
         """
-        config = self._config_or_nothing()
-        n_blocks = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
-        layout = parse_layout({name: entry.shape for name, entry in self.entries.items()}, n_blocks)
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        layout = parse_layout(shapes, _settings(self._config_or_nothing()).get("num_hidden_layers"))
         merged = self.entries.keys() - set(layout.unscored)
         if odd := [name for name in merged if not self.entries[name].encoding.is_float]:
             raise CheckpointError(
@@ -197,8 +196,7 @@ class Checkpoint:
 
     def settings(self) -> dict[str, Any]:
         """What config.json says of the model as a whole, and of its text where that has a config of its own."""
-        config = self.config()
-        return {**(config.get("text_config") or {}), **config}
+        return _settings(self.config())
 
     @property
     def is_tied(self) -> bool | None:
@@ -226,6 +224,10 @@ class Checkpoint:
             digests = list(pool.map(lambda name: _file_digest(self.path / name), names))
         lines = "\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config.get("text_config", {}), **config}
 
 
 def read_vocabulary(path: Path) -> dict[str, int] | None:
