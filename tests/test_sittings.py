@@ -25,7 +25,7 @@ from evo.tracking import tracker
 from evo.types import Status
 from fitness.types import Split
 from tests.conftest import CHIMERA
-from tests.test_search import MAX_TOKENS, write_config
+from tests.searching import MAX_TOKENS, write_config
 
 
 def refuse(donors, base, coefficients):
