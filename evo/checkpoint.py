@@ -180,7 +180,11 @@ class Checkpoint:
         return self.config() if (self.path / "config.json").is_file() else {}
 
     def config(self) -> dict[str, Any]:
-        """The parsed config.json."""
+        """The parsed config.json.
+
+        Raises:
+            CheckpointError: if it is missing or damaged, or a section or a number in it is none.
+        """
         data = read_json(self.path / "config.json")
         if not isinstance(data, dict):
             raise CheckpointError(f"{self.path / 'config.json'}: expected an object, got {type(data).__name__}")
@@ -231,7 +235,11 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_vocabulary(path: Path) -> dict[str, int] | None:
-    """Token -> id of a fast tokenizer's file, or None where there is none."""
+    """Token -> id of a fast tokenizer's file, or None where there is none.
+
+    Raises:
+        CheckpointError: if it is no such file.
+    """
     if not (path / "tokenizer.json").is_file():
         return None
     data = read_json(path / "tokenizer.json")
