@@ -284,6 +284,8 @@ class Config(_Section):
     def _names_agree(self) -> Config:
         if "base" in self.parents:
             raise ValueError("parents: 'base' is the name of the common ancestor; call this parent something else")
+        if "knee" in self.parents:
+            raise ValueError("parents: 'knee' is a pick of the front; call this parent something else")
         if bad := [name for name in self.parents if not name.isidentifier()]:
             raise ValueError(f"parents: expected plain names (letters, digits, _), got {bad}")
         if taken := [name for name in self.parents if name == "average" or re.fullmatch(r"c\d+", name)]:

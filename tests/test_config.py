@@ -65,6 +65,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("search: 32", "seed: 4294967296"): ["search.yaml:5: task.seed", "less than 4294967296"],
     ("  reasoner: r", "  c4: r"): ["c4: candidates are called so"],
     ("  reasoner: r", "  average: r"): ["average: candidates are called so"],
+    ("  reasoner: r", "  knee: r"): ["'knee' is a pick of the front; call this parent something else"],
     ("budget:", "memory: {deltas: int3}\nbudget:"): ["search.yaml:8: memory.deltas", "int8", "got 'int3'"],
     ("budget:", "memory: {deltas: low_rank(5000)}\nbudget:"): ["search.yaml:8: memory.deltas", "up to 2048"],
     ("candidates: 10", "candidates: many"): ["search.yaml:8: budget.candidates", "valid integer", "'many'"],
