@@ -24,6 +24,22 @@ def parse(text: str) -> tuple[Any, dict[Place, int]]:
     return yaml.load(text, Loader=_Loader), _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
 
 
+def read(file: Path) -> tuple[Any, dict[Place, int]]:
+    """What a file of YAML says, and its lines: see `parse`.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read or is no YAML.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))  # YAML's, whatever the locale's is
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {file}: expected text in UTF-8: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses what PyYAML reads without a word."""
 

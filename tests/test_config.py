@@ -121,6 +121,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     (GOOD, "# all is to come"): ["expected keys such as parents", "got an empty file"],
     (GOOD, "- parents"): ["expected keys such as parents", "got a list"],
     (GOOD, "a: &a [x]\nb: *c"): ["not valid YAML"],
+    (GOOD, "[" * 3000): ["search.yaml is not valid YAML"],
     (GOOD, "!!python/object/apply:os.system ['true']"): ["not valid YAML"],
 }
 
