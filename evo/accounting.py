@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from evo.checkpoint import Checkpoint
 from evo.copies import tied_heads, unscored_copies
-from evo.merge import get_method
+from evo.job import Job
 from evo.vocabulary import common_rows
 from search_spaces.layout import Part
 from search_spaces.recipe import Recipe, Rule
@@ -99,12 +99,10 @@ def _completed(account: Account, interface: str) -> Account:
 
 
 def _account(recipe: Recipe, rule: Rule, i: int) -> Account:
-    method, donors = get_method(rule.method), tuple(rule.coefficients)
-    copied = method.copy_of(tuple(rule.coefficients.values()), **method.arguments(rule.knobs, donors))
-    inputs = tuple(dict.fromkeys((recipe.base, *donors)))
-    if copied is None:
-        return Account(How.MERGED, inputs, (rule.method,), (i,))
-    return Account(How.COPIED, ((recipe.base, *donors)[copied],), (), (i,))
+    job = Job.of(recipe, rule)
+    if job.method is None:
+        return Account(How.COPIED, job.sources, (), (i,))
+    return Account(How.MERGED, tuple(dict.fromkeys(job.sources)), (rule.method,), (i,))
 
 
 def to_json(accounts: Mapping[str, Account], hashes: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from evo.copies import tied_heads
 from evo.encodings import Entry, TensorHeader
 from evo.encodings.low_rank import MAX_RANK, LowRank, fixed_point
 from evo.encodings.plain import DTYPES
-from search_spaces.layout import Role, is_by_token
+from search_spaces.layout import Layout, Role, is_by_token
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -97,6 +98,11 @@ class Adapter(Checkpoint):
         for key in headers:
             self._sort(path, key)
         super().__init__(path, dict.fromkeys(headers, WEIGHTS_FILE), headers)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The base's: it has the same tensors, and config.json says which of them are blocks."""
+        return self._base.layout
 
     def config(self) -> dict[str, Any]:
         """The base's config.json."""

@@ -95,9 +95,8 @@ class Checkpoint:
             UnknownTensorError: if a tensor's role cannot be told.
             CheckpointError: if a tensor that is to be merged holds no floats.
         """
-        config = self._config_or_nothing()
-        n_blocks = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
-        layout = parse_layout({name: entry.shape for name, entry in self.entries.items()}, n_blocks)
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        layout = parse_layout(shapes, _settings(self._config_or_nothing()).get("num_hidden_layers"))
         merged = self.entries.keys() - set(layout.unscored)
         if odd := [name for name in merged if not self.entries[name].encoding.is_float]:
             raise CheckpointError(
@@ -181,7 +180,11 @@ class Checkpoint:
         return self.config() if (self.path / "config.json").is_file() else {}
 
     def config(self) -> dict[str, Any]:
-        """The parsed config.json."""
+        """The parsed config.json.
+
+        Raises:
+            CheckpointError: if it is missing or damaged, or a section or a number in it is none.
+        """
         data = read_json(self.path / "config.json")
         if not isinstance(data, dict):
             raise CheckpointError(f"{self.path / 'config.json'}: expected an object, got {type(data).__name__}")
@@ -197,8 +200,7 @@ class Checkpoint:
 
     def settings(self) -> dict[str, Any]:
         """What config.json says of the model as a whole, and of its text where that has a config of its own."""
-        config = self.config()
-        return {**(config.get("text_config") or {}), **config}
+        return _settings(self.config())
 
     @property
     def is_tied(self) -> bool | None:
@@ -228,8 +230,16 @@ class Checkpoint:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config.get("text_config", {}), **config}
+
+
 def read_vocabulary(path: Path) -> dict[str, int] | None:
-    """Token -> id of a fast tokenizer's file, or None where there is none."""
+    """Token -> id of a fast tokenizer's file, or None where there is none.
+
+    Raises:
+        CheckpointError: if it is no such file.
+    """
     if not (path / "tokenizer.json").is_file():
         return None
     data = read_json(path / "tokenizer.json")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.markup import escape
 
 from evo.errors import said
 from evo.interrupts import interruptible
+
+if TYPE_CHECKING:
+    from evo.config import Budget
 
 app = typer.Typer(
     name="mergefront",
@@ -115,13 +118,12 @@ def front(
     The front is chosen on the search split. Held-out scores are shown beside it and never selected on.
     """
     with _readable_errors(debug):
-        from evo.front import Front
         from evo.search import Search
         from evo.terminal import print_front, watching
         from fitness.types import Split
 
         search = Search.open(run_dir)
-        found: Front = search.front()
+        found = search.front()
         if held_out and found.unscored():
             with watching(search, quiet=as_json) as watch:
                 found = search.score_held_out(watch)
@@ -254,10 +256,10 @@ def evaluate(
         options = _parse_options(engine)
         found = []
         if task:
-            tasks = [{"kind": name, **_parse_options(rest)} for name, _, rest in (text.partition(":") for text in task)]
+            tasks = [_parse_task(text) for text in task]
             decoding = {"samples": samples, **({"greedy": True} if greedy else {})}
-            if said := options.keys() & {"max_tokens", "decoding"}:
-                raise ValueError(f"--engine {sorted(said)[0]}: say it as --max-tokens, --samples or --greedy")
+            if elsewhere := options.keys() & {"max_tokens", "decoding"}:
+                raise ValueError(f"--engine {sorted(elsewhere)[0]}: say it as --max-tokens, --samples or --greedy")
             wanted = {"batch_size": "auto", **options, "max_tokens": max_tokens, "decoding": decoding}
             found = score_checkpoint(checkpoint, tasks, wanted, split=Split(split))
         if harness:
@@ -311,6 +313,12 @@ def _readable_errors(debug: bool, *, again: str = "the same command goes on wher
         raise typer.Exit(1) from None
 
 
+def _parse_task(text: str) -> dict[str, Any]:
+    """Read "bbh:name=navigate,held_out=100", as the config's section `task` has it; see _parse_options."""
+    kind, _, options = text.partition(":")
+    return {"kind": kind, **_parse_options(options)}
+
+
 def _parse_options(text: str) -> dict[str, Any]:
     """Read "dtype=float32,batch_size=64", each value as YAML.
 
@@ -333,7 +341,7 @@ def _parse_options(text: str) -> dict[str, Any]:
     return options
 
 
-def _parse_budget(text: str | None):  # type: ignore[no-untyped-def]  # Budget, imported late
+def _parse_budget(text: str | None) -> Budget | None:
     """Read "candidates=400,hours=8".
 
     Raises:

@@ -96,24 +96,23 @@ def _same_but_rows(a: Entry, b: Entry) -> bool:
 
 
 def _token_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint, common_rows: bool) -> list[str]:
-    sizes = [c.config().get("vocab_size") for c in (a, b)]
-    differences = [f"config.json vocab_size: {sizes[0]!r} in {a_name}, {sizes[1]!r} in {b_name}"]
-    differences = differences if sizes[0] != sizes[1] and not common_rows else []
+    differences, sizes = [], [c.config().get("vocab_size") for c in (a, b)]
+    if sizes[0] != sizes[1] and not common_rows:
+        differences.append(f"config.json vocab_size: {sizes[0]!r} in {a_name}, {sizes[1]!r} in {b_name}")
     here, there = read_vocabulary(a.path), read_vocabulary(b.path)
     if here is None or there is None:
         return differences
     changed = {token for token in {*here, *there} if here.get(token) != there.get(token)}
-    added = [(here.keys() & changed) - there.keys(), (there.keys() & changed) - here.keys()]
-    taken = {here[token] for token in added[0]} & set(there.values()) | {there[t] for t in added[1]} & set(
-        here.values()
-    )
-    if (here.keys() & there.keys() & changed) or taken:
+    only_here, only_there = changed - there.keys(), changed - here.keys()
+    moved = changed - only_here - only_there
+    taken = {here[t] for t in only_here} & set(there.values()) | {there[t] for t in only_there} & set(here.values())
+    if moved or taken:
         differences.append(
             f"tokenizer.json: {len(changed)} token(s) have another id in {b_name} than in {a_name}: "
             + ", ".join(repr(token) for token in sorted(changed)[:5])
         )
     elif changed and not common_rows:
-        for owner, vocabulary, tokens in ((a_name, here, added[0]), (b_name, there, added[1])):
+        for owner, vocabulary, tokens in ((a_name, here, only_here), (b_name, there, only_there)):
             shown = ", ".join(f"{vocabulary[t]} ({t!r})" for t in sorted(tokens, key=vocabulary.__getitem__)[:5])
             if tokens:
                 differences.append(f"tokenizer.json: {len(tokens)} row(s) are in {owner} only: {shown}. {_COMMON_ROWS}")

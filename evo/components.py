@@ -23,12 +23,11 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
         ConfigError: if the component has an option without a type hint.
     """
-    kind: str = component.kind  # type: ignore[attr-defined]
+    kind = component.kind
     target = pkgutil.resolve_name(table[kind])
     built = built_by(target)
     hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
-    parameters = inspect.signature(target).parameters.items()
-    options = {name: parameter for name, parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    options = options_of(target)
     if bare := [name for name in options if name not in hints]:
         raise ConfigError(
             f"{kind!r} ({table[kind]}): expected a type hint for the option {bare[0]!r}, such as "
@@ -60,7 +59,7 @@ def validated(section: type[ComponentT], table: Mapping[str, str], values: Mappi
     keys = list(section.model_fields)
     try:
         component = section.model_validate(dict(values))
-        keys += option_names(pkgutil.resolve_name(table[component.kind]))  # type: ignore[attr-defined]
+        keys += options_of(pkgutil.resolve_name(table[component.kind]))
         component_options(component, table)
     except ValidationError as error:
         found = [(tuple(map(str, e["loc"])), describe(dict(e), keys)) for e in error.errors()]
@@ -68,10 +67,10 @@ def validated(section: type[ComponentT], table: Mapping[str, str], values: Mappi
     return component
 
 
-def option_names(target: Any) -> list[str]:
-    """Keys that a config may give to a class or function that a table names."""
-    parameters = inspect.signature(target).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+def options_of(target: Any) -> dict[str, inspect.Parameter]:
+    """What a config may say to a class or function that a table names, by key: its keyword-only parameters."""
+    parameters = inspect.signature(target).parameters.items()
+    return {name: parameter for name, parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def n_samples(options: Mapping[str, Any]) -> int:

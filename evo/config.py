@@ -5,11 +5,10 @@ Validated whole before anything is loaded. Knows no torch.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from evo.errors import did_you_mean
 from evo.merge import METHODS, get_method
 from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
@@ -43,6 +43,17 @@ class Component(BaseModel):
     """A `kind` out of a table, and options that the component's own signature decides."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    kinds: ClassVar[Mapping[str, str]]
+    """The table: name -> "module:attribute"."""
+    what: ClassVar[str]
+    """What errors call one."""
+
+    kind: str
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        return _known(value, cls.kinds, cls.what)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -52,14 +63,14 @@ class Component(BaseModel):
 
 def _known(name: str, table: Mapping[str, Any], what: str) -> str:
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no {what} is called {name!r}: expected one of {', '.join(table)}{hint}")
+        raise ValueError(f"no {what} is called {name!r}: expected one of {', '.join(table)}{did_you_mean(name, table)}")
     return name
 
 
 class SpaceConfig(Component):
     """What may vary. Further keys are options of the space."""
+
+    kinds, what = SPACES, "search space"
 
     kind: str = "block"
     """Which parts of the model share genes."""
@@ -75,11 +86,6 @@ class SpaceConfig(Component):
     knobs: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
     """Further arguments of the method, "density" or "density:DONOR": a number is fixed, a pair is searched
     between the two, with a gene for every group of parts."""
-
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, SPACES, "search space")
 
     @field_validator("method")
     @classmethod
@@ -106,17 +112,16 @@ class SpaceConfig(Component):
 class TaskConfig(Component):
     """What models are scored on. Further keys are options of the task."""
 
+    kinds, what = TASKS, "task"
+
     kind: str
     """Where problems come from."""
-
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, TASKS, "task")
 
 
 class EngineConfig(Component):
     """What generates. Further keys are options of the engine."""
+
+    kinds, what = ENGINES, "engine"
 
     kind: str = "transformers"
     """What runs the model."""
@@ -125,22 +130,14 @@ class EngineConfig(Component):
     threads: int | None = Field(None, ge=1)
     """CPU threads; default all."""
 
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, ENGINES, "engine")
-
 
 class OptimizerConfig(Component):
     """What proposes. Further keys are options of the optimizer."""
 
+    kinds, what = OPTIMIZERS, "optimizer"
+
     kind: str = "nsga2"
     """The algorithm."""
-
-    @field_validator("kind")
-    @classmethod
-    def _kind(cls, value: str) -> str:
-        return _known(value, OPTIMIZERS, "optimizer")
 
 
 class Constraints(_Section):
@@ -287,6 +284,8 @@ class Config(_Section):
     def _names_agree(self) -> Config:
         if "base" in self.parents:
             raise ValueError("parents: 'base' is the name of the common ancestor; call this parent something else")
+        if "knee" in self.parents:
+            raise ValueError("parents: 'knee' is a pick of the front; call this parent something else")
         if bad := [name for name in self.parents if not name.isidentifier()]:
             raise ValueError(f"parents: expected plain names (letters, digits, _), got {bad}")
         if taken := [name for name in self.parents if name == "average" or re.fullmatch(r"c\d+", name)]:
@@ -295,6 +294,8 @@ class Config(_Section):
             _known(self.interface, self.sources, "parent")
         for name in [*([self.space.base] if self.space.base else []), *(self.space.donors or [])]:
             _known(name, self.sources, "source")
+        if len(set(self.space_donors)) < len(self.space_donors):
+            raise ValueError(f"space: expected each donor once, got {', '.join(self.space_donors)}")
         if self.space_base in self.space_donors:
             raise ValueError(f"space: {self.space_base!r} cannot be both the base and a donor")
         if not self.space_donors:

@@ -11,16 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from evo.components import component_options, option_names
+from evo.components import component_options, options_of
 from evo.config import Budget, Config, ConfigError
 from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS
-from evo.places import Place, describe, listed, parse
+from evo.places import Place, describe, listed, read
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
 from search_spaces import SPACES
@@ -40,15 +39,9 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")  # YAML's, whatever the locale's is
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {path}: expected text in UTF-8: {error}") from error
-    try:
-        data, lines = parse(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        data, lines = read(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(data, dict):
         came = "an empty file" if data is None else "a list" if isinstance(data, list) else repr(data)[:40]
         raise ConfigError(f"{path}: expected keys such as parents, task and budget, got {came}")
@@ -268,5 +261,5 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
     section: Any = Config.model_fields[place[0]].annotation
     keys = list(section.model_fields)
     if config is not None and place[0] in COMPONENTS:
-        keys += option_names(pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind]))
+        keys += options_of(pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind]))
     return keys

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +20,9 @@ from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
 from evo.checkpoint import Checkpoint
 from evo.config import Config
-from evo.encodings.mxfp4 import Mxfp4
 from evo.encodings.rounding import Rounding
-from evo.front import Front, Row, read_front
+from evo.front import Front, Row
+from evo.history import History
 from evo.in_place import beside
 from evo.ledger import Ledger
 from evo.materializer import Materializer
@@ -97,7 +96,7 @@ def export(run: Path, pick: str | int, out: Path, *, force: bool = False) -> Tol
     with contextlib.closing(ledger):
         config = Config.model_validate(ledger.meta("config"))
         check_target(out, [*config.sources.values(), run], force)
-        front = read_front(ledger)
+        front = History(ledger).front
         row = front.pick(pick)
         if gone := [f"{name} ({path})" for name, path in config.sources.items() if not path.is_dir()]:
             raise ExportError(
@@ -201,12 +200,7 @@ def write_checkpoint(
 def _check_room(interface: Checkpoint, out: Path) -> None:
     """A merge takes hours for a large model: better to know now. What MXFP4 becomes is larger than its file."""
     there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
-    needed = sum(file.stat().st_size for file in interface.weight_files())
-    needed += sum(
-        math.prod(entry.shape) * 2 - sum(math.prod(interface.headers[piece].shape) for piece in entry.pieces)
-        for entry in interface.entries.values()
-        if isinstance(entry.encoding, Mxfp4)
-    )
+    needed = sum(header.n_bytes for header in interface.written_headers().values())
     if (free := shutil.disk_usage(there).free) < needed:
         raise ExportError(f"{out}: expected {needed / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB")
 

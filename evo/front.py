@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evo.ledger import Ask, Entry, Ledger, holding
+from evo.ledger import Ask, Entry
 from evo.pareto import Scale, knee, nondominated
 from evo.types import Origin
 from fitness.types import Split
@@ -144,18 +144,6 @@ class Front:
         raise PickError(
             f"no member of the front stays within {n_tokens:g} mean tokens: the briefest takes {fewest:.1f}"
         )
-
-
-def read_front(ledger: Ledger, until_generation: int | None = None) -> Front:
-    """The front of a run, or as it stood after a generation."""
-    held_out = {entry.candidate_id: entry for entry in ledger.entries(Split.HELD_OUT)}
-    later = ledger.later()  # before the first ones, so that each has its own
-    entries = holding(ledger.entries(Split.SEARCH), later)
-    asks = ledger.asks()  # last: a live run may add to all of them meanwhile
-    rows = rows_of(entries, asks, held_out)
-    if until_generation is not None:
-        rows = [row for row in rows if row.ask.generation <= until_generation]
-    return front_of(rows, tuple(ledger.meta("config")["objectives"]))
 
 
 def rows_of(entries: Iterable[Entry], asks: Sequence[Ask], held_out: Mapping[int, Entry]) -> list[Row]:

@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from evo.adapter import open_checkpoints
@@ -21,7 +20,7 @@ from evo.mergekit.document import Document
 from evo.mergekit.methods import Base
 from evo.mergekit.reader import to_recipe
 from evo.mergekit.settings import MergekitError
-from evo.places import Place, at, describe, listed, parse
+from evo.places import Place, at, describe, listed, read
 from search_spaces.recipe import Recipe, Rule, Source
 
 _Opener = Callable[[Mapping[str, Path], str | None, str], dict[str, Checkpoint]]
@@ -52,7 +51,7 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
     """
     check_target(out, [], force)  # before anything is downloaded
     data, lines = _load(file)
-    read = _read_mergekit if "merge_method" in data else _read_recipe
+    read_as = _read_mergekit if "merge_method" in data else _read_recipe
     common_rows = common_rows or data.get("vocabulary") == "common"
 
     def opened(paths: Mapping[str, Path], rests_on: str | None, known_as: str) -> dict[str, Checkpoint]:
@@ -61,7 +60,7 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
         check_compatible(found, common_rows=common_rows)
         return found
 
-    recipe, sources, notes = read(file, lines, data, opened)
+    recipe, sources, notes = read_as(file, lines, data, opened)
     notes += [*differing_settings(sources, recipe.interface), *_idle_rules(recipe, sources)]
     told = Told.of(recipe, sources, notes)
     return write_checkpoint(recipe, sources, out, told, lambda lines: merge_card(recipe, out.name, lines), force=force)
@@ -76,11 +75,9 @@ def _idle_rules(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> list[str]:
 
 def _load(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
-        data, lines = parse(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read {file}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{file} is not valid YAML, or holds several documents: {error}") from error
+        data, lines = read(file)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if isinstance(data, dict) and "experts" in data and "merge_method" not in data:
         raise RecipeError(
             at(file, lines, ("experts",), "this is a file of mergekit-moe's, which makes experts of dense models: not "

@@ -84,10 +84,9 @@ class Merger:
         if rows is None:
             merged = self._merged(part, job, source, device, watch, region)
             return self._looked_at(merged, part, job, device, late) if looked_at else merged
-        rows, interface = (
-            rows.within(region[0]) if region else rows,
-            self._reader.read(job.interface, part, device, keep, region),
-        )
+        if region:
+            rows = rows.within(region[0])
+        interface = self._reader.read(job.interface, part, device, keep, region)
         if rows.n_rows == 0:
             return interface
         merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)

@@ -1,4 +1,4 @@
-"""How several processes commonly share a model: the shards of a rank under tensor, pipeline and expert parallelism.
+"""How several processes commonly share a model: what a rank holds under tensor, pipeline and expert parallelism.
 
 For plans and tests: an engine that shares a model brings the slots that it has made itself.
 """
@@ -6,15 +6,12 @@ For plans and tests: an engine that shares a model brings the slots that it has 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from evo.checkpoint import Checkpoint
 from evo.copies import tied_heads
-from evo.merge.blocks import Region, cut_shape, matrix_shape
-from evo.shards import Shard
+from evo.merge.blocks import Region, matrix_shape
 from search_spaces.layout import Part, Role
 
 LAYOUTS = ("tensor", "pipeline", "expert")
@@ -73,24 +70,3 @@ def place(layout: str, part: Part, n_ranks: int, n_blocks: int) -> Place:
 
 def _share(n: int, rank: int, n_ranks: int) -> slice:
     return slice(rank * (n // n_ranks), (rank + 1) * (n // n_ranks) if rank < n_ranks - 1 else n)
-
-
-def slots_of(
-    layout: str, checkpoint: Checkpoint, rank: int, n_ranks: int, new: Callable[[str, Sequence[int]], Tensor]
-) -> dict[str, list[Shard]]:
-    """Slots of a rank.
-
-    Args:
-        layout: one of LAYOUTS.
-        checkpoint: of the model.
-        rank: from 0.
-        n_ranks: how many there are.
-        new: makes a tensor for some of the tensor of that name, of a shape.
-    """
-    found: dict[str, list[Shard]] = {}
-    for part in own_parts(checkpoint):
-        shape = part_shape(checkpoint, part)
-        if region := place(layout, part, n_ranks, checkpoint.layout.n_blocks).region(shape, rank, n_ranks):
-            slot = new(part.tensor, cut_shape(shape, region))
-            found.setdefault(part.tensor, []).append(Shard(slot, *region, expert=part.row))
-    return found

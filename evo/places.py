@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
+
+from evo.errors import did_you_mean
 
 Place = tuple[str, ...]
 """Keys, and positions in lists, that lead to a value."""
@@ -21,6 +22,22 @@ def parse(text: str) -> tuple[Any, dict[Place, int]]:
         yaml.YAMLError: saying where the text is none, or says what nobody can have meant.
     """
     return yaml.load(text, Loader=_Loader), _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+
+
+def read(file: Path) -> tuple[Any, dict[Place, int]]:
+    """What a file of YAML says, and its lines: see `parse`.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read or is no YAML.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))  # YAML's, whatever the locale's is
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {file}: expected text in UTF-8: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -93,9 +110,7 @@ def describe(error: Mapping[str, Any], allowed: Sequence[str]) -> str:
     """
     key, kind, message = str(error["loc"][-1] if error["loc"] else ""), error["type"], str(error["msg"])
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(key, allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {key!r}: expected one of {', '.join(allowed)}{hint}"
+        return f"unknown key {key!r}: expected one of {', '.join(allowed)}{did_you_mean(key, allowed)}"
     if kind in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"
     if kind == "too_short":

@@ -18,7 +18,7 @@ from docstring_parser import parse, parse_from_object
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from evo.components import built_by
+from evo.components import built_by, options_of
 from evo.config import Component, Config
 from evo.config_file import COMPONENTS
 from evo.merge import METHODS, Knob, get_method
@@ -75,7 +75,7 @@ def _components(table: Mapping[str, str]) -> Iterator[tuple[list[str], list[_Key
         found.setdefault(built_by(pkgutil.resolve_name(table[kind])), []).append(kind)
     for built, kinds in found.items():
         said = _arguments(built)
-        parameters = [p for p in inspect.signature(built).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = options_of(built).values()
         defaults = [_shown(MISSING if p.default is p.empty else p.default) for p in parameters]
         yield kinds, [_Key(p.name, d, said.get(p.name, "")) for p, d in zip(parameters, defaults, strict=True)]
 

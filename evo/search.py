@@ -31,7 +31,7 @@ from evo.assemble import (
 )
 from evo.config import Budget, Config, ConfigError, changed_keys
 from evo.config_file import budget_of, check, config_of, load_config
-from evo.front import Front, read_front
+from evo.front import Front
 from evo.history import History
 from evo.interrupts import interruptible
 from evo.ledger import Ledger
@@ -78,7 +78,7 @@ class Search:
     def front(self) -> Front:
         """The front as the ledger has it now."""
         with closing(Ledger.open(self.folder, read_only=True)) as ledger:
-            return read_front(ledger)
+            return History(ledger).front
 
     @property
     def ended(self) -> str | None:
@@ -166,41 +166,52 @@ class Search:
         asked = problems_of(task, self.config.task.kind)
         problems = {split: [problem.id for problem in found] for split, found in asked.items()}
         answers = {str(split): _digest_of_answers(found) for split, found in asked.items()}
-        if not ledger_file.exists(self.folder):
-            config = self.config.model_dump(mode="json")
-            meta = {"config": config, "digests": digests, "answers": answers, "versions": _versions()}
-            return Ledger.create(self.folder, meta, problems)
-        ledger = Ledger.open(self.folder)
-        if not ledger.entries(Split.SEARCH):  # nothing was measured, so there is nothing to protect: start anew
+        config, budget = self.config.model_dump(mode="json"), self.config.budget.model_dump()
+        if ledger_file.exists(self.folder):
+            ledger = Ledger.open(self.folder)
+            if ledger.entries(Split.SEARCH):
+                if changes := _changes(ledger, config, digests, problems, answers):
+                    ledger.close()
+                    raise ResumeError(
+                        f"the run in {self.folder} cannot go on, because this has changed:\n  "
+                        + "\n  ".join(changes)
+                        + "\nUndo the change, or start a new run in another folder."
+                    )
+                ledger.set_meta("config", config)  # checkpoints may have moved
+                return ledger
             ledger.close()
-            ledger_file.discard(self.folder)
-            return self._open_ledger(task, digests)
-        differences = changed_keys(ledger.meta("config"), self.config.model_dump(mode="json"))
-        differences += [
+            ledger_file.discard(self.folder)  # nothing was measured, so there is nothing to protect: start anew
+        bound_to = {"config": config, "digests": digests, "answers": answers, "versions": _versions()}
+        return Ledger.create(self.folder, {**bound_to, "budget": budget, "budget_of_config": budget}, problems)
+
+
+def _changes(
+    ledger: Ledger,
+    config: Mapping[str, Any],
+    digests: Mapping[str, str],
+    problems: Mapping[Split, list[str]],
+    answers: Mapping[str, str],
+) -> list[str]:
+    """What of all that a run is bound to is not as its ledger has it, in words."""
+    recorded = ledger.meta("answers") or answers  # a run of an earlier version has not recorded them
+    return [
+        *changed_keys(ledger.meta("config"), config),
+        *(
             f"checkpoint {name!r}: its content has changed"
             for name, digest in digests.items()
             if digest != ledger.meta("digests").get(name)
-        ]
-        differences += [
+        ),
+        *(
             f"problems of split {str(split)!r}: not those that the run started with"
             for split, ids in problems.items()
             if ids != ledger.problem_ids(split)
-        ]
-        recorded = ledger.meta("answers") or answers  # a run of an earlier version has not recorded them
-        differences += [
+        ),
+        *(
             f"problems of split {split!r}: their answers have changed"
-            for split in answers
-            if answers[split] != recorded[split]
-        ]
-        if differences:
-            ledger.close()
-            raise ResumeError(
-                f"the run in {self.folder} cannot go on, because this has changed:\n  "
-                + "\n  ".join(differences)
-                + "\nUndo the change, or start a new run in another folder."
-            )
-        ledger.set_meta("config", self.config.model_dump(mode="json"))  # checkpoints may have moved
-        return ledger
+            for split, digest in answers.items()
+            if digest != recorded[split]
+        ),
+    ]
 
 
 def _digest_of_answers(problems: Sequence[Problem]) -> str:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from fitness.types import Problem, Split, Task
 
+Size = Annotated[int, Ge(1)]
+"""How many problems a split has."""
+MadeSize = Annotated[int, Ge(1), Le(100_000)]
+"""The same where problems are made for it, which takes time."""
+
 SHARES: Mapping[Split, float] = {Split.SEARCH: 0.4, Split.RESERVE: 0.2, Split.HELD_OUT: 0.4}
 """Expected share of the problems that falls to each split."""
-
-
 TRAINING_SHARES: Mapping[Split, float] = {Split.SEARCH: 2 / 3, Split.RESERVE: 1 / 3}
 """The same where held-out problems come from other data."""
 

@@ -52,6 +52,7 @@ class GroupedSpace:
         low, high = ingredients.bounds
         of_group = [*(Gene(donor, low, high) for donor in ingredients.donors), *ingredients.knob_genes]
         self.genes = tuple(replace(gene, name=f"{g.name}:{gene.name}") for g in self.groups for gene in of_group)
+        self._mixes = ingredients.is_mixture and not ingredients.knob_genes
         # A mixture is uniform only if no part is left to the base alone.
         recipe = self.decode(np.zeros(len(self.genes), np.float32))
         self._covers_all = all(rule is not None for rule in recipe.assign(layout).values())
@@ -79,11 +80,11 @@ class GroupedSpace:
         )
 
     def uniform(self, shares: Mapping[str, float]) -> Genome | None:
-        """See SearchSpace. None for methods that do not mix linearly."""
+        """See SearchSpace. None for methods that do not mix linearly, or whose knobs are searched, too."""
         part = self.ingredients
         expressible = {part.base, *part.donors}
         if (
-            not part.is_mixture
+            not self._mixes
             or not self._covers_all
             or any(share and name not in expressible for name, share in shares.items())
         ):
@@ -91,20 +92,18 @@ class GroupedSpace:
         rest = sum(share for name, share in shares.items() if name in part.donors)
         if abs(1.0 - rest - shares.get(part.base, 0.0)) > 1e-6:  # what donors leave over is the base's
             return None
-        assert not part.knob_genes, "linear mixtures have no knobs"
         values = [shares.get(donor, 0.0) for donor in part.donors] * len(self.groups)
         genes = [gene.gene(value) for gene, value in zip(self.genes, values, strict=True)]
         return None if any(g is None for g in genes) else np.array(genes, np.float32)
 
     def swaps(self) -> dict[str, Genome]:
         """See SearchSpace."""
-        if not self.ingredients.is_mixture:
+        if not self._mixes:
             return {}
         of_donor = len(self.ingredients.donors) * np.arange(len(self.groups))  # each group's gene of the first donor
         on, off = (self.genes[0].gene(value) for value in (1.0, 0.0))
         kinds = dict.fromkeys(group.kind for group in self.groups)
-        linear = self.ingredients.is_mixture and not self.ingredients.knob_genes
-        if not linear or on is None or off is None or len(kinds) < 2:
+        if on is None or off is None or len(kinds) < 2:
             return {}
         found = {}
         for kind in kinds:

@@ -198,11 +198,6 @@ def assign(rules: Sequence[Rule], layout: Layout) -> dict[Part, Rule | None]:
     return {part: by_name.get(part, rule_of.get(part.cell)) for part in layout.parts}
 
 
-def copy_of(name: str, sources: Mapping[str, Source], interface: str) -> Recipe:
-    """The recipe whose every tensor is a bitwise copy of one source."""
-    return Recipe(sources=sources, base=name, interface=interface)
-
-
 def _matcher(patterns: tuple[str, ...]) -> Callable[[str], object]:
     return re.compile("|".join(map(fnmatch.translate, patterns))).match
 

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from evo import Search
 from evo.config import Config
 from evo.merge_file import merge
 from tests.encoding import files_of
@@ -141,6 +142,17 @@ def chimera() -> Config:
     """A config of a run over the built-in parents."""
     engine = {"dtype": "float32", "device": "cpu", "batch_size": 32, "max_tokens": 110}
     return config_of({name: CHIMERA / name for name in ("reasoner", "concise", "base")}, engine=engine)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """A search on the built-in parents that ran to its end without interruption; not to be changed."""
+    from tests.searching import write_config  # which is about the parents above
+
+    folder = tmp_path_factory.mktemp("finished")
+    search = Search.from_yaml(write_config(folder), folder / "run")
+    search.run()
+    return search
 
 
 @pytest.fixture(scope="module")

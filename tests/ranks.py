@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from evo import parallel
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
+from evo.merge.blocks import cut_shape
+from evo.parallel import own_parts, part_shape, place
 from evo.shards import Shard
 
 
@@ -19,14 +19,16 @@ def slots_of(
 ) -> tuple[dict[str, list[Shard]], dict[str, torch.Tensor]]:
     """Slots of a rank, and the tensors in them, by "NAME|rows|columns"; a vector by its name."""
 
-    def new(name: str, shape: Sequence[int]) -> torch.Tensor:
-        return torch.full(tuple(shape), torch.nan, dtype=torch.float32 if "e_score" in name else torch.bfloat16)
-
-    slots, tensors = parallel.slots_of(layout, checkpoint, rank, n, new), {}
-    for name, shards in slots.items():
-        for shard in shards:
-            ends = [f"{s.start}:{s.stop}" for s in (shard.rows, shard.columns)] if shard.slot.dim() == 2 else []
-            tensors["|".join([name, *ends])] = shard.slot
+    slots: dict[str, list[Shard]] = {}
+    tensors = {}
+    for part in own_parts(checkpoint):
+        shape = part_shape(checkpoint, part)
+        if region := place(layout, part, n, checkpoint.layout.n_blocks).region(shape, rank, n):
+            dtype = torch.float32 if "e_score" in part.tensor else torch.bfloat16
+            slot = torch.full(cut_shape(shape, region), torch.nan, dtype=dtype)
+            slots.setdefault(part.tensor, []).append(Shard(slot, *region, expert=part.row))
+            ends = [f"{s.start}:{s.stop}" for s in region] if slot.dim() == 2 else []
+            tensors["|".join([part.tensor, *ends])] = slot
     return slots, tensors
 
 

@@ -20,11 +20,11 @@ from evo.export import write_checkpoint
 from evo.materializer import Materializer
 from evo.shards import Shard
 from fitness.engines.transformers import TransformersEngine
-from search_spaces.recipe import Recipe, Rule, copy_of
+from search_spaces.recipe import Recipe, Rule
 from tests.conftest import make_checkpoint
 from tests.encoding import files_of, to_fp8, values_in
 from tests.packing import store_head
-from tests.test_materializer import sources_of
+from tests.test_materializer import copy_of, sources_of
 
 RANK = 4
 TARGETS = ("q_proj", "down_proj", "embed_tokens")

@@ -17,7 +17,7 @@ from evo import Search, terminal
 from evo.history import History
 from evo.ledger import Ledger
 from tests.conftest import CHIMERA
-from tests.test_search import write_config
+from tests.searching import write_config
 
 
 def mergefront(*arguments, **options):

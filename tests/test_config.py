@@ -65,6 +65,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("search: 32", "seed: 4294967296"): ["search.yaml:5: task.seed", "less than 4294967296"],
     ("  reasoner: r", "  c4: r"): ["c4: candidates are called so"],
     ("  reasoner: r", "  average: r"): ["average: candidates are called so"],
+    ("  reasoner: r", "  knee: r"): ["'knee' is a pick of the front; call this parent something else"],
     ("budget:", "memory: {deltas: int3}\nbudget:"): ["search.yaml:8: memory.deltas", "int8", "got 'int3'"],
     ("budget:", "memory: {deltas: low_rank(5000)}\nbudget:"): ["search.yaml:8: memory.deltas", "up to 2048"],
     ("candidates: 10", "candidates: many"): ["search.yaml:8: budget.candidates", "valid integer", "'many'"],
@@ -92,6 +93,9 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("concise: c", "concise: ./r"): ["search.yaml:3: parents.concise: is 'reasoner' again"],
     ("kind: block,", "kind: block, base: concisse,"): ["no source is called 'concisse'", "did you mean 'concise'?"],
     ("kind: block,", "kind: block, donors: [concise],"): ["cannot be both the base and a donor"],
+    ("kind: block,", "kind: block, donors: [reasoner, reasoner],"): [
+        "expected each donor once, got reasoner, reasoner"
+    ],
     ("roles: [[attention, norm], [ffn]]", "roles: [attention, ffn]"): [
         "search.yaml:4: space.roles.0: expected a list, got 'attention'"
     ],
@@ -118,6 +122,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     (GOOD, "# all is to come"): ["expected keys such as parents", "got an empty file"],
     (GOOD, "- parents"): ["expected keys such as parents", "got a list"],
     (GOOD, "a: &a [x]\nb: *c"): ["not valid YAML"],
+    (GOOD, "[" * 3000): ["search.yaml is not valid YAML"],
     (GOOD, "!!python/object/apply:os.system ['true']"): ["not valid YAML"],
 }
 

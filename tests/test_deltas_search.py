@@ -10,7 +10,7 @@ from evo.ledger import Ledger
 from evo.loop import Loop
 from evo.types import Candidate, Origin
 from fitness.types import Split
-from tests.test_search import write_config
+from tests.searching import write_config
 
 
 def test_what_was_searched_with_compressed_donors_is_scored_again_exactly(tmp_path, monkeypatch):

@@ -18,10 +18,10 @@ from evo.merge import kernels
 from evo.merge.cpp_loop import find_compiler
 from evo.merge.scaled import floats
 from fitness.engines.transformers import TransformersEngine
-from search_spaces.recipe import Recipe, Rule, copy_of
+from search_spaces.recipe import Recipe, Rule
 from tests.conftest import make_checkpoint
 from tests.encoding import dequantize, e4m3_round, e4m3_values, files_of, is_quantized, quantize, to_fp8, values_in
-from tests.test_materializer import exported, random_recipe, sources_of
+from tests.test_materializer import copy_of, exported, random_recipe, sources_of
 
 CPU = torch.device("cpu")
 

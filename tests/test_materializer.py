@@ -15,13 +15,18 @@ from search_spaces.block import block
 from search_spaces.expert import expert
 from search_spaces.grouped import Ingredients
 from search_spaces.line import line
-from search_spaces.recipe import Recipe, Rule, Source, copy_of
+from search_spaces.recipe import Recipe, Rule, Source
 
 METHODS = ["linear", "task_arithmetic"]
 
 
 def sources_of(parents):
     return {name: Source(str(path)) for name, path in parents.items()}
+
+
+def copy_of(name, sources, interface):
+    """The recipe whose every tensor is a bitwise copy of one source."""
+    return Recipe(sources, name, interface)
 
 
 def random_recipe(parents, method, seed):

@@ -15,10 +15,10 @@ from evo.encodings.mxfp4 import values_of
 from evo.materializer import Materializer
 from evo.shards import Shard
 from fitness.engines.transformers import TransformersEngine
-from search_spaces.recipe import Recipe, Rule, copy_of
+from search_spaces.recipe import Recipe, Rule
 from tests.conftest import VOCABULARY, tiny_tokenizer
 from tests.encoding import E2M1, files_of
-from tests.test_materializer import exported, sources_of
+from tests.test_materializer import copy_of, exported, sources_of
 
 
 def decode(blocks, scales):

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from evo.front import front_of, read_front
+from evo.front import front_of
+from evo.history import History
 from evo.ledger import Ledger
 from evo.picture import draw_front, front_pixels, save_front
 from tests.synthetic import SyntheticRun, config_of
@@ -21,8 +22,8 @@ def front(moe_parents, tmp_path_factory):
     for _ in range(6):
         run.generation()
     with closing(Ledger.open(run.folder)) as ledger:
-        run.held_out([row.ask.id for row in read_front(ledger).unscored()])
-        return read_front(ledger)
+        run.held_out([row.ask.id for row in History(ledger).front.unscored()])
+        return History(ledger).front
 
 
 def marks(figure):

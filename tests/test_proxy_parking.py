@@ -14,8 +14,8 @@ from evo.terminal import print_status
 from evo.tracking.generations import Record
 from evo.types import Origin, Status
 from fitness.types import Split
+from tests.searching import events
 from tests.test_proxy_search import N, of_search, opened, write_config
-from tests.test_search import events
 
 GAIN = 0.002
 

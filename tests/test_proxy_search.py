@@ -16,7 +16,7 @@ from evo.types import Origin, Status
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Split
 from tests.conftest import CHIMERA
-from tests.test_search import events
+from tests.searching import events
 
 N = 18
 TOLERANCE = 0.04

@@ -67,3 +67,6 @@ def test_the_annotated_tree_names_what_exists():
             continue
         for name in re.findall(r"[\w]+(?:\.py|/)(?=[\s;]|$)", line):
             assert list((ROOT / folder).rglob(name.rstrip("/"))), f"{folder}/{name}"
+    patterns = ("search_spaces/*.py", "fitness/*.py", "fitness/*/*.py", "evo/*.py")  # evo's folders are named whole
+    files = {file.name for pattern in patterns for file in ROOT.glob(pattern)} - {"__init__.py"}
+    assert [name for name in files if not re.search(rf"\b{name}\b", tree)] == []

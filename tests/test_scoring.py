@@ -18,7 +18,7 @@ from fitness.tasks.arithmetic import Arithmetic
 from fitness.types import Split
 from tests.conftest import CHIMERA, make_checkpoint
 from tests.encoding import to_fp8, values_in
-from tests.test_search import generate_with_transformers
+from tests.searching import generate_with_transformers
 
 ENGINE = "dtype=float32,device=cpu,batch_size=16"
 

@@ -26,7 +26,7 @@ from evo.tracking import tracker
 from evo.types import Status
 from fitness.types import Split
 from tests.conftest import CHIMERA
-from tests.test_search import MAX_TOKENS, write_config
+from tests.searching import MAX_TOKENS, write_config
 
 
 def refuse(donors, base, coefficients):
@@ -201,6 +201,20 @@ class TestFailures:
             with pytest.raises(LedgerError, match=r"cannot be written: .*full.*What it holds is safe"):
                 ledger.set_meta("much", "x" * 100_000)
         assert len(entries_of(search)) == 3
+
+
+def test_a_run_that_was_killed_in_its_first_instant_is_answered(tmp_path, monkeypatch, capsys):
+    search = Search.from_yaml(write_config(tmp_path, candidates=3), tmp_path / "run")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Ledger, "set_meta", killed)  # the ledger has been made, and nothing comes after it
+        search.run()
+    print_status(search.folder)
+    assert "budget: candidates 0 of 3" in capsys.readouterr().out
+    assert not search.front().evaluated and not search.score_held_out().evaluated
 
 
 def test_an_empty_front_says_why(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Spaces and recipes. Contract tests run over the table of spaces."""
 
 import pkgutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,6 +210,10 @@ class TestSearchedKnobs:
         knob_genes=(Gene("density", 0.2, 1.0, step=1 / 128), Gene("density:concise", 0.0, 0.5)),
         is_mixture=False,
     )  # fmt: skip
+
+    def test_a_mixture_that_has_some_gives_baselines_no_genome(self):
+        space = block(LAYOUT, replace(self.INGREDIENTS, is_mixture=True))
+        assert space.uniform({"base": 1.0}) is None and space.swaps() == {}
 
     def test_every_group_has_its_own(self):
         space = block(LAYOUT, self.INGREDIENTS, roles=[[Role.ATTENTION], [Role.NORM]])

@@ -15,7 +15,7 @@ from fitness.splits import problems_of, take
 from fitness.tasks import TASKS
 from fitness.types import Completion, Finish, Problem, Split, Verdict
 from tests.conftest import CHIMERA
-from tests.test_search import write_config
+from tests.searching import write_config
 
 LETTERS = "ABCDE"
 OPTIONS = {  # what a task needs besides a seed; "FILE" is one with a column of numbers, "LETTERS" one with letters

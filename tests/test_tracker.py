@@ -17,7 +17,7 @@ import yaml
 
 from evo.assemble import build_space, open_sources
 from evo.config import Tracking
-from evo.front import read_front
+from evo.history import History
 from evo.ledger import Ledger, LedgerError
 from evo.tracking import tracker
 from evo.tracking.mlflow_store import CANDIDATE_TAG, IMAGE_KEY
@@ -67,7 +67,7 @@ def whole(run, client, uri):
 
 def front_of(folder):
     with closing(Ledger.open(folder, read_only=True)) as ledger:
-        return read_front(ledger)
+        return History(ledger).front
 
 
 def copy_of(run, folder):

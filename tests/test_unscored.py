@@ -8,14 +8,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from evo.adapter import open_checkpoints
 from evo.assemble import notes_on
 from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible
+from evo.materializer import Materializer
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.layout import parse_layout
-from search_spaces.recipe import Recipe, Rule
+from search_spaces.recipe import Recipe, Rule, Source
 from tests.conftest import make_checkpoint
 from tests.encoding import files_of, to_fp8
+from tests.test_adapter import make_adapter
 from tests.test_materializer import exported, sources_of
 
 MTP = "model.layers.3."  # the model has blocks 0 to 2
@@ -66,6 +69,20 @@ def test_multi_token_prediction_comes_from_the_interface_parent(plain_parents, t
     for name in unscored:
         assert torch.equal(merged[name].view(torch.uint8), a[name].view(torch.uint8)), name
     AutoModelForCausalLM.from_pretrained(out) if "quantization_config" not in Checkpoint.open(out).config() else None
+
+
+def test_an_adapter_rests_on_a_model_with_multi_token_prediction(tmp_path):
+    """It has no config.json of its own that says how many blocks the model has."""
+    plain = make_checkpoint(tmp_path / "plain", "deepseek_v3", 0)
+    adapter, base = make_adapter(tmp_path / "lora", plain, 1), with_mtp(plain, tmp_path / "base")
+    merged = {}
+    for folder in (plain, base):
+        opened = open_checkpoints({"base": folder, "a": adapter})
+        check_compatible(opened)
+        recipe = Recipe({name: Source(str(c.path)) for name, c in opened.items()}, "base", "base", (RULE,))
+        merged[folder] = dict(Materializer(opened).stream(recipe))
+    assert all(torch.equal(merged[base][name], tensor) for name, tensor in merged[plain].items())
+    assert torch.equal(merged[base][MTP + "eh_proj.weight"], files_of(base)[MTP + "eh_proj.weight"])
 
 
 def test_a_copy_that_is_none_stays_as_it_is(plain_parents, tmp_path):

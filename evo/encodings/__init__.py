@@ -127,10 +127,6 @@ class Stored:
         """What a merge reads."""
         return self.encoding.operand(self.pieces)
 
-    def row(self, index: int | None) -> Stored:
-        """One expert of a packed tensor; the whole tensor for None."""
-        return self if index is None else Stored(self.encoding, tuple(piece[index] for piece in self.pieces))
-
     def as_output(self, chunk: int) -> Stored:
         """As a merge would be stored: the same bits, if this encoding can be written."""
         output = self.encoding.output

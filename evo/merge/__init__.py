@@ -13,13 +13,14 @@ So that the same bits come out on a CPU and a GPU, and however a part is cut int
 
 from __future__ import annotations
 
-import difflib
 import functools
 import keyword
 import pkgutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from evo.errors import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,7 +154,7 @@ class Method:
         plain, colon, donor = name.partition(":")
         if plain not in self.knobs:
             expected = f"expected one of {', '.join(self.knobs)}" if self.knobs else "this method has none"
-            raise ValueError(f"no knob is called {name!r}: {expected}{_hint(plain, self.knobs)}")
+            raise ValueError(f"no knob is called {name!r}: {expected}{did_you_mean(plain, self.knobs)}")
         if colon and not self.knobs[plain].per_donor:
             raise ValueError(f"knob {name!r}: {plain!r} is one number for all donors")
         if colon and donor not in donors:
@@ -185,8 +186,3 @@ def one_hot(coefficients: Sequence[float], **_: object) -> int | None:
 def base_at_zero(coefficients: Sequence[float], **_: object) -> int | None:
     """copy_of for methods that add something to the base, but never all of a donor."""
     return None if any(coefficients) else 0
-
-
-def _hint(name: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

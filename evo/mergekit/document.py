@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evo.errors import did_you_mean
 from evo.mergekit.methods import DIALECTS, Base, Dialect
-from evo.mergekit.settings import MergekitError, Place, check
+from evo.mergekit.settings import MergekitError, check
+from evo.places import Place
 
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -97,7 +98,7 @@ class Document:
         for key in data:
             if key not in known and not key.startswith("x-"):
                 belongs = key in self.dialect.shared or key in self.dialect.own
-                why = ", as mergekit does: it belongs under parameters" if belongs else _did_you_mean(key, known, 0.75)
+                why = ", as mergekit does: it belongs under parameters" if belongs else did_you_mean(key, known, 0.75)
                 self.notes.append(f"{'.'.join((*place, key))}: ignored{why}")
 
     def _name(self, model: Any, place: Place) -> str:
@@ -222,7 +223,7 @@ class Document:
             return ", as mergekit does: the base_model has none"
         if name in known:
             return ", as mergekit does: it belongs to all models"
-        return f": no parameter of {self.method}{_did_you_mean(name, known)}"
+        return f": no parameter of {self.method}{did_you_mean(name, known)}"
 
     def _interface(self, data: Mapping[str, Any]) -> str:
         default = self.base_model or self.slices[0].inputs[0].name
@@ -259,10 +260,5 @@ class Document:
 def _known_method(name: Any) -> str:
     if isinstance(name, str) and name in DIALECTS:
         return name
-    hint = "; the nearest is ram" if name == "ramplus_tl" else _did_you_mean(str(name).lower(), DIALECTS)
+    hint = "; the nearest is ram" if name == "ramplus_tl" else did_you_mean(str(name).lower(), DIALECTS)
     raise MergekitError(("merge_method",), f"{name!r} is not here: expected one of {', '.join(DIALECTS)}{hint}")
-
-
-def _did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -12,7 +12,8 @@ from evo.encodings.plain import Plain
 from evo.merge import get_method
 from evo.mergekit.document import Document, Parameters, Slice
 from evo.mergekit.methods import CannotSayError, Merge
-from evo.mergekit.settings import MergekitError, Place, evaluate, idle
+from evo.mergekit.settings import MergekitError, evaluate, idle
+from evo.places import Place
 from evo.vocabulary import n_padded
 from search_spaces.layout import Layout, Part, Role
 from search_spaces.recipe import Recipe, Rule, Source, assign

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from evo.places import Place
 from search_spaces.recipe import LARGEST
-
-Place = tuple[str, ...]
-"""Keys and positions that lead to a value of the file."""
 
 _TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
 

@@ -20,12 +20,12 @@ import yaml
 from evo.config import Config
 from evo.front import Row
 from evo.picture import front_pixels
+from evo.tracking import ARTIFACTS
 from evo.tracking.generations import Generation, Record
 from evo.tracking.overview import member_page, overview, samples_page
 from fitness.types import Split
 from search_spaces.recipe import Recipe
 
-ARTIFACTS = "mlartifacts"
 IMAGE_KEY = "pareto_front"
 RUN_TAG, CANDIDATE_TAG = "mergefront.run", "mergefront.candidate"
 _PARENT_TAG, _NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"

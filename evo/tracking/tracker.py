@@ -27,9 +27,10 @@ import filelock
 from evo.config import Tracking
 from evo.ledger import Ledger
 from evo.run_folder import is_held
+from evo.tracking import ARTIFACTS, STORE_FILE
 from evo.tracking.replay import OFFSET_FILE, Offset, Replay, Report, Target
 
-STORE_FILE, LOG_FILE, LOCK_FILE = "mlflow.db", "tracker.log", "tracker.lock"
+LOG_FILE, LOCK_FILE = "tracker.log", "tracker.lock"
 DRAIN_SECONDS = 45.0
 """How long the end of a search waits for the last attempt, which fails within a few if MLflow is away."""
 _POLL_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 60.0
@@ -44,7 +45,7 @@ _ENVIRONMENT = {  # a user's own settings win
 _TARGET = "MERGEFRONT_TRACKER"  # in the environment, because a URI may hold a password and commands are public
 
 _ANEW = (
-    f". To have it written anew: delete {STORE_FILE}, mlartifacts and {OFFSET_FILE} in the run's folder (the ledger "
+    f". To have it written anew: delete {STORE_FILE}, {ARTIFACTS} and {OFFSET_FILE} in the run's folder (the ledger "
     "has all), then `mergefront sync`"
 )
 

@@ -81,32 +81,28 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat: Mapping[
 def rooms(
     text: Text, prompts: Sequence[str], max_tokens: int, context: int | None
 ) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """Prompt -> its tokens, and prompt -> how many it may be continued by. Raises as `limits` does."""
-    encoded = {prompt: text.encode(prompt) for prompt in dict.fromkeys(prompts)}
-    return encoded, dict(zip(encoded, limits(list(encoded.values()), max_tokens, context), strict=True))
-
-
-def limits(encoded: Sequence[Sequence[int]], max_tokens: int, context: int | None) -> list[int]:
-    """How many tokens each prompt may be continued by.
+    """Prompt -> its tokens, and prompt -> how many it may be continued by.
 
     Args:
-        encoded: the prompts.
+        text: encodes.
+        prompts: each may occur several times.
         max_tokens: the most for any.
         context: tokens that a prompt and its completion may have together; None: any number.
 
     Raises:
         ValueError: if no prompt leaves room for max_tokens.
     """
+    encoded = {prompt: text.encode(prompt) for prompt in dict.fromkeys(prompts)}
     if context is None or not encoded:
-        return [max_tokens] * len(encoded)
-    shortest = min(len(ids) for ids in encoded)
+        return encoded, dict.fromkeys(encoded, max_tokens)
+    shortest = min(map(len, encoded.values()))
     if shortest + max_tokens > context:
         raise ValueError(
             f"the shortest prompt has {shortest} tokens; with max_tokens {max_tokens} that exceeds the model's context "
             f"of {context}: "
             + (f"lower max_tokens to {context - shortest} or less" if shortest < context else "ask for shorter prompts")
         )
-    return [max(0, min(max_tokens, context - len(ids))) for ids in encoded]
+    return encoded, {prompt: max(0, min(max_tokens, context - len(ids))) for prompt, ids in encoded.items()}
 
 
 def generation_config(checkpoint: str) -> GenerationConfig:

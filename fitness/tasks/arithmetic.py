@@ -18,15 +18,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from itertools import islice
-from typing import Annotated, Literal
-
-from annotated_types import Ge, Le
+from typing import Literal
 
 from fitness.graders import grade, same_number
-from fitness.splits import SHARES, take
+from fitness.splits import SHARES, MadeSize, take
 from fitness.types import Completion, Problem, Seed, Split, Verdict
-
-Size = Annotated[int, Ge(1), Le(100_000)]
 
 MODULUS = 100
 MULTIPLY_RATE = 0.25
@@ -41,7 +37,9 @@ class Arithmetic:
         seed: of the problems and of their split.
     """
 
-    def __init__(self, *, search: Size = 256, reserve: Size = 256, held_out: Size = 512, seed: Seed = 0) -> None:
+    def __init__(
+        self, *, search: MadeSize = 256, reserve: MadeSize = 256, held_out: MadeSize = 512, seed: Seed = 0
+    ) -> None:
         self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
         self._seed = seed
 

@@ -9,14 +9,10 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge
-
-from fitness.splits import problems_of
+from fitness.splits import Size, problems_of
 from fitness.types import Completion, Problem, Split, Task, Verdict
-
-Size = Annotated[int, Ge(1)]
 
 
 class Mixture:

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fitness.tasks.table import Size, Table
+from fitness.splits import Size
+from fitness.tasks.table import Table
 from fitness.types import Problem, Seed, Split
 
 _BOXED = "{question}\nPut the final answer in \\boxed{}."

@@ -7,15 +7,11 @@ Families grade their own answers; partial credit below 1 counts as wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-from annotated_types import Ge, Le
+from typing import Any
 
 from fitness.graders import answer_part, grade
-from fitness.splits import SHARES, take
+from fitness.splits import SHARES, MadeSize, take
 from fitness.types import Completion, Problem, Seed, Split, Verdict
-
-Size = Annotated[int, Ge(1), Le(100_000)]
 
 
 class ReasoningGym:
@@ -38,9 +34,9 @@ class ReasoningGym:
         family: str,
         difficulty: Mapping[str, Any] | None = None,
         template: str = "{question}\nGive the answer alone after the thinking, as <answer>...</answer>.",
-        search: Size = 200,
-        reserve: Size = 100,
-        held_out: Size = 400,
+        search: MadeSize = 200,
+        reserve: MadeSize = 100,
+        held_out: MadeSize = 400,
         seed: Seed = 0,
     ) -> None:
         try:

@@ -8,16 +8,11 @@ Worked instance (openai/gsm8k):
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-from annotated_types import Ge
+from typing import Any
 
 from fitness.graders import get_grader, grade
-from fitness.splits import TRAINING_SHARES, take
+from fitness.splits import TRAINING_SHARES, Size, take
 from fitness.types import Completion, Problem, Seed, Split, Verdict
-
-Size = Annotated[int, Ge(1)]
-
 
 MOST_ODD_ANSWERS = 0.1
 """Share of the answers that a grader may not be able to read."""
