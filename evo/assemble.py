@@ -28,7 +28,7 @@ from search_spaces.recipe import Recipe, Rule, Source
 
 def build_task(config: Config) -> Task:
     """The task of a config."""
-    task: Task = pkgutil.resolve_name(TASKS[config.task.kind])(**component_options(config.task, TASKS))
+    task: Task = pkgutil.resolve_name(TASKS[config.task.kind])(**component_options(config.task))
     return task
 
 
@@ -55,13 +55,13 @@ def build_space(
     )
     factory = pkgutil.resolve_name(SPACES[config.space.kind])
     layout = checkpoints[config.interface_parent].layout
-    space: SearchSpace = factory(layout, ingredients, **component_options(config.space, SPACES))
+    space: SearchSpace = factory(layout, ingredients, **component_options(config.space))
     return space
 
 
 def build_optimizer(config: Config, problem: SearchProblem) -> Optimizer:
     """The optimizer of a config, fresh."""
-    options = component_options(config.optimizer, OPTIMIZERS)
+    options = component_options(config.optimizer)
     optimizer: Optimizer = pkgutil.resolve_name(OPTIMIZERS[config.optimizer.kind])(problem, **options)
     return optimizer
 
@@ -79,7 +79,7 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     engine_class = pkgutil.resolve_name(ENGINES[config.engine.kind])
-    options = component_options(config.engine, ENGINES)
+    options = component_options(config.engine)
     if options.get("batch_size") == "auto" and batch_size is not None:
         options["batch_size"] = batch_size
     engine = engine_class(str(config.sources[config.interface_parent]), **options)

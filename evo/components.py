@@ -15,7 +15,7 @@ from evo.places import describe, listed
 from fitness.types import Decoding
 
 
-def component_options(component: Component, table: Mapping[str, str]) -> dict[str, Any]:
+def component_options(component: Component) -> dict[str, Any]:
     """The options of a component, validated against and converted by the type hints of its keyword-only
     parameters, so that a new component needs no schema of its own.
 
@@ -23,14 +23,14 @@ def component_options(component: Component, table: Mapping[str, str]) -> dict[st
         pydantic.ValidationError: for an unknown, missing or ill-typed option.
         ConfigError: if the component has an option without a type hint.
     """
-    kind = component.kind
-    target = pkgutil.resolve_name(table[kind])
+    place = component.kinds[component.kind]
+    target = pkgutil.resolve_name(place)
     built = built_by(target)
     hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
     options = options_of(target)
     if bare := [name for name in options if name not in hints]:
         raise ConfigError(
-            f"{kind!r} ({table[kind]}): expected a type hint for the option {bare[0]!r}, such as "
+            f"{component.kind!r} ({place}): expected a type hint for the option {bare[0]!r}, such as "
             f"`{bare[0]}: int = 3`, got none: what a config says is checked and converted by it"
         )
     fields: dict[str, Any] = {
@@ -50,7 +50,7 @@ def built_by(target: Any) -> Any:
 ComponentT = TypeVar("ComponentT", bound=Component)
 
 
-def validated(section: type[ComponentT], table: Mapping[str, str], values: Mapping[str, Any]) -> ComponentT:
+def validated(section: type[ComponentT], values: Mapping[str, Any]) -> ComponentT:
     """A section of a config on its own, with its component's options checked.
 
     Raises:
@@ -59,8 +59,8 @@ def validated(section: type[ComponentT], table: Mapping[str, str], values: Mappi
     keys = list(section.model_fields)
     try:
         component = section.model_validate(dict(values))
-        keys += options_of(pkgutil.resolve_name(table[component.kind]))
-        component_options(component, table)
+        keys += options_of(pkgutil.resolve_name(section.kinds[component.kind]))
+        component_options(component)
     except ValidationError as error:
         found = [(tuple(map(str, e["loc"])), describe(dict(e), keys)) for e in error.errors()]
         raise ConfigError(listed(None, {}, found, section.__name__)) from None

@@ -18,15 +18,14 @@ from evo.config import Budget, Config, ConfigError
 from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
 from evo.merge import get_method
-from evo.optimizers import OPTIMIZERS
 from evo.places import Place, describe, listed, read
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
 from search_spaces import SPACES
 
 TABLE_FILES = (".jsonl", ".json", ".parquet")
-COMPONENTS = {"space": SPACES, "task": TASKS, "optimizer": OPTIMIZERS, "engine": ENGINES}
-"""Section of a config -> the table of its kinds."""
+COMPONENTS = ("space", "task", "optimizer", "engine")
+"""Sections of a config that are components: a kind, and its options."""
 
 
 def load_config(path: str | Path) -> Config:
@@ -136,9 +135,9 @@ def _not_finite(data: Any) -> Iterator[tuple[Place, str]]:
 
 def _check_options(config: Config) -> Iterator[dict[str, Any]]:
     """Errors in the options of the four components, in pydantic's form."""
-    for section, table in COMPONENTS.items():
+    for section in COMPONENTS:
         try:
-            component_options(getattr(config, section), table)
+            component_options(getattr(config, section))
         except ValidationError as error:
             yield from ({**e, "loc": (section, *e["loc"])} for e in error.errors())
 
@@ -261,5 +260,6 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
     section: Any = Config.model_fields[place[0]].annotation
     keys = list(section.model_fields)
     if config is not None and place[0] in COMPONENTS:
-        keys += options_of(pkgutil.resolve_name(COMPONENTS[place[0]][getattr(config, place[0]).kind]))
+        component = getattr(config, place[0])
+        keys += options_of(pkgutil.resolve_name(component.kinds[component.kind]))
     return keys

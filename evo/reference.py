@@ -20,7 +20,6 @@ from pydantic_core import PydanticUndefined
 
 from evo.components import built_by, options_of
 from evo.config import Component, Config
-from evo.config_file import COMPONENTS
 from evo.merge import METHODS, Knob, get_method
 from fitness.types import Decoding
 
@@ -59,8 +58,8 @@ def _section(name: str, section: type) -> Iterator[str]:
     yield from (f"## `{name}`", "", _first(section.__doc__), "")
     yield from _table(_fields(section) if issubclass(section, BaseModel) else _dataclass_fields(section))
     if issubclass(section, Component):
-        for kinds, keys in _components(COMPONENTS[name]):
-            what = _first(importlib.import_module(COMPONENTS[name][kinds[0]].partition(":")[0]).__doc__)
+        for kinds, keys in _components(section.kinds):
+            what = _first(importlib.import_module(section.kinds[kinds[0]].partition(":")[0]).__doc__)
             yield from ("", f"### `{name}: {{kind: {' | '.join(kinds)}}}`", "", what, "")
             yield from _table(keys) if keys else ["No options."]
         if name == "engine":

@@ -47,12 +47,12 @@ def score_checkpoint(
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"no checkpoint in {checkpoint}: expected a folder with config.json and safetensors files")
     is_quantised = bool(Checkpoint.open(checkpoint).quantization)  # refused here, if nobody can read it
-    configs = [validated(TaskConfig, TASKS, task) for task in tasks]
-    engine_config = validated(EngineConfig, ENGINES, engine)
+    configs = [validated(TaskConfig, task) for task in tasks]
+    engine_config = validated(EngineConfig, engine)
     if missing := what_is_missing(engine_config.kind):
         raise ConfigError(missing)
-    options = component_options(engine_config, ENGINES)
-    built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config, TASKS)) for config in configs]
+    options = component_options(engine_config)
+    built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config)) for config in configs]
     problems = [  # bad data are told before the model is loaded
         problems_of(task, config.kind, [split])[split] for config, task in zip(configs, built, strict=True)
     ]

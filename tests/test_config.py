@@ -9,7 +9,6 @@ import pytest
 from evo.components import component_options
 from evo.config import ConfigError, changed_keys
 from evo.config_file import load_config
-from evo.optimizers import OPTIMIZERS
 from fitness.engines import ENGINES
 from fitness.tasks import TASKS
 from fitness.types import Decoding
@@ -42,7 +41,7 @@ def test_a_good_file(write, tmp_path):
     config = load_config(write(GOOD))
     assert config.parents == {"reasoner": tmp_path / "r", "concise": tmp_path / "c"}  # relative to the file
     assert (config.space_base, config.space_donors, config.interface_parent) == ("concise", ("reasoner",), "reasoner")
-    assert component_options(config.optimizer, OPTIMIZERS) == {"sigma": 0.2}
+    assert component_options(config.optimizer) == {"sigma": 0.2}
 
 
 def test_task_arithmetic_starts_from_the_ancestor(write):
@@ -208,7 +207,7 @@ def test_decoding_is_checked(write, decoding, message):
 def test_decoding_and_orderliness(write):
     text = GOOD.replace("max_tokens: 64", "max_tokens: 64, decoding: {samples: 4, stop: [Q]}, batch_size: auto")
     config = load_config(write(text + "orderliness: {corrections: {mine: [oops]}}\n"))
-    assert component_options(config.engine, ENGINES)["decoding"] == Decoding(samples=4, stop=("Q",))
+    assert component_options(config.engine)["decoding"] == Decoding(samples=4, stop=("Q",))
     assert config.orderliness.n_corrections("oops wait") == 1
     assert changed_keys(config.model_dump(mode="json"), config.model_dump(mode="json")) == []
 

@@ -50,4 +50,4 @@ def test_defaults_are_those_that_a_component_gets():
     given = {name: float(value) for name, value in shown.items() if value}
     assert given == {"population": 24, "crossover": 0.9, "eta": 2.0}
     options = {**given, "population": 24}
-    component_options(OptimizerConfig(kind="nsga2", **options), OPTIMIZERS)  # and they are taken
+    component_options(OptimizerConfig(kind="nsga2", **options))  # and they are taken

@@ -47,7 +47,7 @@ def build(kind, files, seed):
     for name, path in files.items():
         text = text.replace(json.dumps(name), json.dumps(path))
     try:
-        return pkgutil.resolve_name(TASKS[kind])(**component_options(TaskConfig(kind=kind, **json.loads(text)), TASKS))
+        return pkgutil.resolve_name(TASKS[kind])(**component_options(TaskConfig(kind=kind, **json.loads(text))))
     except ValueError as error:
         if "pip install" in str(error):
             pytest.skip(str(error))

@@ -26,7 +26,7 @@ def write(path, rows):
 
 
 def make(kind, **options):
-    return pkgutil.resolve_name(TASKS[kind])(**component_options(TaskConfig(kind=kind, **options), TASKS))
+    return pkgutil.resolve_name(TASKS[kind])(**component_options(TaskConfig(kind=kind, **options)))
 
 
 def done(text):

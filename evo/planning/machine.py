@@ -114,7 +114,7 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
         CheckpointError: if the parents cannot be merged.
         PlanError: if the search does not fit.
     """
-    checkpoints, task, options = open_sources(config), build_task(config), component_options(config.engine, ENGINES)
+    checkpoints, task, options = open_sources(config), build_task(config), component_options(config.engine)
     device = device_of(options)
     there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     free = free or {
@@ -153,7 +153,7 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
 
 def ranks_report(config: Config, n_ranks: int) -> Iterator[str]:
     """Lines of a table of what each of `n_ranks` processes holds; seconds are at this machine's bandwidth."""
-    options = component_options(config.engine, ENGINES)
+    options = component_options(config.engine)
     dtype = getattr(torch, options.get("dtype", "bfloat16"))
     sources = list(used_sources(config, open_sources(config)).values())
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
