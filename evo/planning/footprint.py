@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from evo.checkpoint import Checkpoint
-from evo.encodings.mxfp4 import Mxfp4
 from evo.merge import get_method
 from evo.parallel import own_parts, part_shape
 from fitness.engines.columns import SPARE_COLUMNS
@@ -40,12 +39,8 @@ def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
 @lru_cache
 def export_bytes(interface: Checkpoint) -> int:
     """Of an export: its tensors as they are stored (MXFP4 becomes bfloat16), tokenizer and configs."""
-    return sum(file.stat().st_size for file in interface.companions()) + sum(
-        2 * math.prod(entry.shape)
-        if isinstance(entry.encoding, Mxfp4)
-        else sum(interface.headers[piece].n_bytes for piece in entry.pieces)
-        for entry in interface.entries.values()
-    )
+    tensors = sum(header.n_bytes for header in interface.written_headers().values())
+    return tensors + sum(file.stat().st_size for file in interface.companions())
 
 
 @lru_cache
