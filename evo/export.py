@@ -23,7 +23,7 @@ from evo.config import Config
 from evo.encodings.rounding import Rounding
 from evo.front import Front, Row
 from evo.history import History
-from evo.in_place import beside
+from evo.in_place import beside, free_disk
 from evo.ledger import Ledger
 from evo.materializer import Materializer
 from evo.mergekit.writer import MERGEKIT_FILE, CannotSayError, write_mergekit
@@ -199,9 +199,8 @@ def write_checkpoint(
 
 def _check_room(interface: Checkpoint, out: Path) -> None:
     """A merge takes hours for a large model: better to know now. What MXFP4 becomes is larger than its file."""
-    there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     needed = sum(header.n_bytes for header in interface.written_headers().values())
-    if (free := shutil.disk_usage(there).free) < needed:
+    if (free := free_disk(out)) < needed:
         raise ExportError(f"{out}: expected {needed / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB")
 
 

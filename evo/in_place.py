@@ -12,6 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def free_disk(out: Path) -> int:
+    """Bytes free on the disk where a folder is, or will be."""
+    return shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())).free
+
+
 @contextmanager
 def beside(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh folder next to `out` that takes its place if the block succeeds, and is removed if not.

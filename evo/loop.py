@@ -289,7 +289,7 @@ def _check_replay(proposed: Sequence[Genome], recorded: Sequence[Ask]) -> None:
     if not same:
         raise ResumeError(
             f"replaying generation {recorded[0].generation} gave other proposals than the ledger holds: another "
-            "version of pycma, Optuna or numpy is installed than when the run started (see `mergefront status`), or "
-            "the optimizer draws numbers that `problem.seed` does not decide. Install those versions, or start a new "
-            "run; `front` and `export` work either way."
+            "version of mergefront, pycma, Optuna or numpy is installed than when the run started (see `mergefront "
+            "status`), or the optimizer draws numbers that `problem.seed` does not decide. Install those versions, or "
+            "start a new run; `front` and `export` work either way."
         )

@@ -142,6 +142,19 @@ def test_nsga2_covers_more_of_the_front_than_random_search():
     assert hypervolume(found) > hypervolume(random)
 
 
+def test_nsga2_proposes_nothing_twice():
+    optimizer = Nsga2(problem(), population=12)
+    known = {start.genome.tobytes() for start in problem().starts}
+    told = 0
+    for _ in range(30):
+        for genome in optimizer.ask(optimizer.batch_size):
+            assert genome.tobytes() not in known
+            known.add(genome.tobytes())
+            optimizer.tell(told, Outcome(losses(genome)))
+            told += 1
+    assert told == 30 * 12 - len(problem().starts)
+
+
 def test_nsga2_breeds_from_the_starts_and_does_not_propose_them_again():
     starts = [start.genome.tolist() for start in problem().starts]
     optimizer = Nsga2(problem(), population=5, crossover=0.0, mutation=0.0)

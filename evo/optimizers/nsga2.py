@@ -17,6 +17,9 @@ from evo.optimizers import Outcome, SearchProblem
 from evo.optimizers.batched import Batched
 from search_spaces.genes import Genome
 
+MOST_CLONES = 50
+"""Children in a row that are known already, after which one is taken: the options may allow no others."""
+
 
 class Nsga2(Batched):
     """One generation is one population. The first holds the starts, which are not evaluated again, and random genomes.
@@ -59,7 +62,9 @@ class Nsga2(Batched):
         known = [start for start in problem.starts if start.outcome.losses is not None]
         for start in known:
             self._study.enqueue_trial(dict(zip(self._names, map(float, start.genome), strict=True)))
-        trials = [self._propose()[0] for _ in known]
+        drawn = [self._draw() for _ in known]
+        trials = [trial for trial, _ in drawn]
+        self._known = {genome.tobytes() for _, genome in drawn}
         for trial in self._study.trials:  # asked for it, Optuna counts one whose genes are all given to a generation
             sampler.get_trial_generation(self._study, trial)
         for trial, start in zip(trials, known, strict=True):
@@ -80,6 +85,20 @@ class Nsga2(Batched):
             self._tell(trial, outcome)
 
     def _propose(self) -> tuple[Any, Genome]:
+        """A genome that is not known yet: one child in twenty is a clone, whose score would tell nothing."""
+        import optuna
+
+        for _ in range(MOST_CLONES):
+            trial, genome = self._draw()
+            if genome.tobytes() not in self._known:
+                break
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which no generation counts
+        else:
+            trial, genome = self._draw()
+        self._known.add(genome.tobytes())
+        return trial, genome
+
+    def _draw(self) -> tuple[Any, Genome]:
         trial = self._study.ask()
         return trial, np.array([trial.suggest_float(name, 0.0, 1.0) for name in self._names], np.float32)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from evo.assemble import (
 from evo.checkpoint import Checkpoint
 from evo.components import component_options, n_samples
 from evo.config import Config
+from evo.in_place import free_disk
 from evo.planning.batching import Batch
 from evo.planning.footprint import DTYPE_BYTES, cache_token_bytes, model_bytes, row_bytes
 from evo.planning.plan import Load, Plan, PlanError, Settings, check, make_plan
@@ -116,11 +116,10 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
     """
     checkpoints, task, options = open_sources(config), build_task(config), component_options(config.engine)
     device = device_of(options)
-    there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     free = free or {
         **({"gpu": free_bytes(device)} if device.type == "cuda" else {}),
         "host": free_bytes(torch.device("cpu")),
-        "disk": shutil.disk_usage(there).free,
+        "disk": free_disk(out),
     }
     interface = checkpoints[config.interface_parent]
     load, most = _load(config, checkpoints, task, options)
