@@ -167,7 +167,7 @@ class Checkpoint:
             output = entry.encoding.output
             if output == entry.encoding:
                 headers |= {piece: self.headers[piece] for piece in entry.pieces}
-            else:
+            else:  # a plain one
                 headers[entry.name] = TensorHeader(str(output), entry.shape)
         return headers
 

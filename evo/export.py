@@ -20,6 +20,7 @@ from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
 from evo.checkpoint import Checkpoint
 from evo.config import Config
+from evo.dtypes import config_in
 from evo.encodings.rounding import Rounding
 from evo.front import Front, Row
 from evo.history import History
@@ -179,7 +180,7 @@ def write_checkpoint(
         interface, rounding = sources[recipe.interface], Rounding()
         materializer = Materializer(sources)
         hashes = write_weights(materializer.stretches(recipe, rounding), interface, folder)
-        _copy_interface(interface, folder)
+        _copy_interface(interface, recipe.dtype, folder)
         told = replace(told or Told(), accounts=account(recipe, sources, materializer.copied))
         (folder / ACCOUNTING_FILE).write_text(to_json(told.accounts, hashes))
         for name, text in told.files.items():
@@ -204,12 +205,12 @@ def _check_room(interface: Checkpoint, out: Path) -> None:
         raise ExportError(f"{out}: expected {needed / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB")
 
 
-def _copy_interface(interface: Checkpoint, folder: Path) -> None:
+def _copy_interface(interface: Checkpoint, dtype: str | None, folder: Path) -> None:
     for path in interface.companions():
         shutil.copyfile(path, folder / path.name)
     if any(entry.encoding != entry.encoding.output for entry in interface.entries.values()):
         config = {key: value for key, value in interface.config().items() if key != "quantization_config"}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (folder / "config.json").write_text(json.dumps(config_in(config, dtype) if dtype else config, indent=2))
 
 
 def _check_unchanged(config: Config, recorded: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from evo.holdings import holdings, kept_bytes, matrix_of
 from evo.job import Job
 from evo.merge.blocks import Region
 from evo.merge.kernels import Fused
-from evo.merging import CHUNK_ELEMENTS, Merger
+from evo.merging import CHUNK_ELEMENTS, Merger, as_output
 from evo.reading import Reader, Wanted
 from evo.residency import Pieces, Residency, choose
 from evo.shards import Slots, Target, targets_of
@@ -279,7 +279,7 @@ class Materializer:
             watch = rounding.watcher(name) if rounding else None
             made = (self._merger.part(part, jobs[part], self._device, keep, watch) for part in of)
             if not of:
-                yield from _named(name, interface.stored(name).as_output(CHUNK_ELEMENTS))
+                yield from _named(name, as_output(interface.stored(name), name))
             elif len(suffixes) == 1:
                 yield name, (one if isinstance(one, Fused) else one.pieces[0].to(target) for one in made)
             else:

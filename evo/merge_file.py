@@ -13,6 +13,7 @@ from evo.adapter import open_checkpoints
 from evo.card import merge_card
 from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible, differing_settings
+from evo.dtypes import store_as
 from evo.export import Told, check_target, write_checkpoint
 from evo.hub import HubError, locate, origin
 from evo.job import Job
@@ -23,8 +24,8 @@ from evo.mergekit.settings import MergekitError
 from evo.places import Place, at, describe, listed, read
 from search_spaces.recipe import Recipe, Rule, Source
 
-_Opener = Callable[[Mapping[str, Path], str | None, str], dict[str, Checkpoint]]
-"""Opens folders by name: told which of them adapters rest on, and what the file calls that."""
+_Opener = Callable[[Mapping[str, Path], str | None, str, str | None], dict[str, Checkpoint]]
+"""Opens folders by name: told which of them adapters rest on, what the file calls that, and the dtype to merge into."""
 
 
 class RecipeError(ValueError):
@@ -54,9 +55,13 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
     read_as = _read_mergekit if "merge_method" in data else _read_recipe
     common_rows = common_rows or data.get("vocabulary") == "common"
 
-    def opened(paths: Mapping[str, Path], rests_on: str | None, known_as: str) -> dict[str, Checkpoint]:
+    def opened(
+        paths: Mapping[str, Path], rests_on: str | None, known_as: str, dtype: str | None
+    ) -> dict[str, Checkpoint]:
         check_target(out, list(paths.values()), force)
         found = open_checkpoints(paths, rests_on, known_as)
+        if dtype:
+            store_as(list(found.values()), dtype)
         check_compatible(found, common_rows=common_rows)
         return found
 
@@ -106,7 +111,7 @@ def _read_recipe(
         except ValueError as error:
             raise RecipeError(at(file, lines, ("rules", str(i)), str(error))) from None
     paths = {name: _located(source.place, file, f"{file}: {name}: ") for name, source in recipe.sources.items()}
-    sources = opened(paths, "base" if "base" in paths else recipe.base, "`base`")
+    sources = opened(paths, "base" if "base" in paths else recipe.base, "`base`", recipe.dtype)
     sources[recipe.interface].written_map()  # an adapter has none
     for name, source in recipe.sources.items():
         if source.digest is not None and sources[name].digest() != source.digest:
@@ -135,7 +140,7 @@ def _read_mergekit(
         where = {name: at(file, lines, place, "", "mergekit") for name, place in document.places.items()}
         paths = {name: _located(path, file, where[name]) for name, path in document.paths.items()}
         known_as = "the first model" if document.dialect.base is Base.IGNORED else "base_model"
-        sources = opened(paths, document.rests_on, known_as)
+        sources = opened(paths, document.rests_on, known_as, document.dtype)
         sources[document.interface].written_map()
         recipe = to_recipe(document, sources, {name: _source(path) for name, path in paths.items()})
         return recipe, sources, notes

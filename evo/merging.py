@@ -13,7 +13,7 @@ from evo.checkpoint import Checkpoint, CheckpointError
 from evo.deltas import Deltas
 from evo.encodings import Stored, Watcher
 from evo.encodings.flaws import find_flaw
-from evo.encodings.plain import Plain
+from evo.encodings.plain import DTYPES, Plain
 from evo.holdings import matrix_of
 from evo.job import Job
 from evo.measured import Measured
@@ -73,8 +73,8 @@ class Merger:
         """
         read: dict[int, Stored] = {}
         rows = self._common.get(part.tensor)
-        looked_at = rows is None and job.method is not None and not keep and device.type == "cpu"
-        late = looked_at and region is None and self._may_look_late(part, job)
+        looked_at = job.method is not None and not keep and device.type == "cpu"
+        late = looked_at and rows is None and region is None and self._may_look_late(part, job)
 
         def source(i: int) -> Stored:
             if i not in read:
@@ -86,14 +86,15 @@ class Merger:
             return self._looked_at(merged, part, job, device, late) if looked_at else merged
         if region:
             rows = rows.within(region[0])
-        interface = self._reader.read(job.interface, part, device, keep, region)
+        interface = as_output(self._reader.read(job.interface, part, device, keep, region), part.tensor)
         if rows.n_rows == 0:
             return interface
         merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)
         if isinstance(merged, Fused):
             shape = (rows.n_rows, *interface.shape[1:])
             merged = Stored(interface.encoding, (merged.result().view(shape),))
-        return rows.complete(merged, interface)
+        merged = rows.complete(merged, interface)
+        return self._looked_at(merged, part, job, device, late) if looked_at else merged
 
     def _may_look_late(self, part: Part, job: Job) -> bool:
         """Whether a loop makes a part, of which nothing is lost if a source has NaN or Inf."""
@@ -136,7 +137,7 @@ class Merger:
     ) -> Stored | Fused:
         """What a job makes of its sources, source(0) being the base, or of that region of them."""
         if job.method is None:
-            return source(0).as_output(CHUNK_ELEMENTS)
+            return as_output(source(0), part.tensor)
         with _naming(part, job.method):
             method, (base, *donors) = job.method, self._operands(part, job, source, region)
             operands = dict(zip(job.sources, (base, *donors), strict=True))
@@ -148,12 +149,13 @@ class Merger:
                 self.copied.pop(part, None)
                 if copied is not None:
                     self.copied[part] = job.sources[copied]
-                    return source(copied).as_output(CHUNK_ELEMENTS)
+                    return as_output(source(copied), part.tensor)
             arguments = dict(job.arguments) if stats is None else {**job.arguments, "stats": stats}
             keys = self._noise_keys(part, job) if method.random else ()
             corner, width = self._place(part, region) if region else ((0, 0), None)
             merge = PartMerge(method, base, donors, job.coefficients, arguments, keys, corner, width)
-            output, shape, compiled = source(0).encoding.output, source(0).shape, merge.compiled()
+            output, shape = source(0).encoding.output, source(0).shape
+            compiled = merge.compiled(DTYPES[output.dtype] if isinstance(output, Plain) else torch.float32)
             self.n_compiled += compiled is not None
             if compiled and isinstance(output, Plain):
                 return compiled
@@ -190,6 +192,24 @@ class Merger:
     def _noise_keys(self, part: Part, job: Job) -> list[Key]:
         """A stream of random numbers for each donor."""
         return [stream_key(job.seed, donor, part.tensor, part.row) for donor in job.sources[1:]]
+
+
+def as_output(stored: Stored, tensor: str) -> Stored:
+    """A copy as a merge would be stored; see Stored.as_output.
+
+    Args:
+        stored: all of a tensor, or some of it.
+        tensor: its name, for an error.
+
+    Raises:
+        CheckpointError: if a number of it leaves the range of the dtype that a recipe asks for.
+    """
+    made = stored.as_output(CHUNK_ELEMENTS)
+    if made is not stored and any(map(find_flaw, made.encoding.suffixes, made.pieces)):
+        raise CheckpointError(
+            f"{tensor}: a number of it leaves the range of {made.encoding}. Expected a dtype with a wider one, or none."
+        )
+    return made
 
 
 @contextlib.contextmanager

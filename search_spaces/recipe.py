@@ -21,6 +21,8 @@ from pydantic import ConfigDict, Strict, TypeAdapter
 from search_spaces.layout import Layout, Part, Role
 
 RECIPE_VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
+"""That a recipe may ask for."""
 LARGEST = 3.4e38
 """Magnitude of a coefficient or knob."""
 
@@ -123,8 +125,13 @@ class Recipe:
     """Seed of the random masks of methods that draw any; one per search, so that masks stay put."""
     vocabulary: str = "same"
     """"common" lets vocabularies differ by added and padded rows (see evo.vocabulary)."""
+    dtype: str | None = None
+    """What the merge is stored in, and sources may differ in: "float32", "float16" or "bfloat16"; None: each tensor in
+    its own, which is that of all sources."""
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, or none, got {self.dtype!r}")
         if self.vocabulary not in ("same", "common"):
             raise ValueError(f"vocabulary: expected 'same' or 'common', got {self.vocabulary!r}")
         named = {self.base, self.interface}.union(*(rule.coefficients for rule in self.rules))
@@ -145,6 +152,7 @@ class Recipe:
             "interface": self.interface,
             "seed": self.seed,
             **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
+            **({"dtype": self.dtype} if self.dtype else {}),
             "sources": {name: _drop_none(vars(source)) for name, source in self.sources.items()},
             "rules": [_rule_to_dict(rule) for rule in self.rules],
         }

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -56,6 +58,17 @@ def test_what_kill_9_leaves_behind_is_removed_by_the_next(tmp_path):
     assert [file.name for file in out.iterdir()] == ["whole"]
     jobs[1].kill()
     jobs[1].wait()
+
+
+def test_who_begins_at_the_same_time_takes_no_folder_for_one_that_is_left_behind(tmp_path):
+    def write(_):
+        with suppress(ZeroDivisionError), beside(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            raise ZeroDivisionError
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(600)))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("named", [True, False])

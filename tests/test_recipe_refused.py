@@ -54,7 +54,7 @@ class TestRefused:
              "parameters.weight.0.filter", "several entries"),
             ("merge_method: slerp\nbase_model: a\nmodels: [{model: b, parameters: {t: 0.3}}]", 1, "parameters",
              "models.0.parameters.t: ignored, as mergekit does: it belongs to all models"),
-            (f"merge_method: linear\n{MODELS}\ndtype: float16", 3, "dtype", "expected out_dtype: float32"),
+            (f"merge_method: linear\n{MODELS}\ndtype: float64", 3, "dtype", "expected one of float32, float16"),
             (f"merge_method: linear\n{MODELS}\nparameters:\n  normalize: false", 2, "models.0.parameters.weight",
              "sum to 2 with normalize: false"),
             (f"merge_method: ties\n{MODELS}", 1, "merge_method", "ties needs a base_model"),

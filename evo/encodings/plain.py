@@ -21,6 +21,8 @@ class Plain:
 
     dtype: str
     """As safetensors writes it."""
+    to: str | None = None
+    """In which dtype a merge is stored, where that is another."""
 
     suffixes = ("",)
 
@@ -35,7 +37,7 @@ class Plain:
     @property
     def output(self) -> Plain:
         """See Encoding."""
-        return self
+        return Plain(self.to) if self.to else self
 
     def shape(self, pieces: Sequence[Tensor]) -> tuple[int, ...]:
         """See Encoding."""

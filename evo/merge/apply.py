@@ -59,8 +59,12 @@ class PartMerge:
             )
         return merged
 
-    def compiled(self) -> Fused | None:
-        """The compiled loop that does the same, if there is one and it has the same bits."""
+    def compiled(self, dtype: torch.dtype | None = None) -> Fused | None:
+        """The compiled loop that does the same, if there is one and it has the same bits.
+
+        Args:
+            dtype: of the result; see `fuse`.
+        """
         operands = (self.base, *self.donors)
         large, first, arguments = self.base.numel() >= kernels.FUSE_FROM_ELEMENTS, 0, self.arguments
         if self.width in (None, self.base.shape[1]):
@@ -69,11 +73,12 @@ class PartMerge:
             return None
         else:
             arguments = self._arguments_at(slice(0, self.base.shape[0]))
-        fused = fuse(self.method, operands, self.coefficients, arguments, self.keys, may_compile=large, first=first)
+        given = self.method, operands, self.coefficients, arguments, self.keys
+        fused = fuse(*given, may_compile=large, first=first, dtype=dtype)
         if fused is None:
             return None
-        dtype = fused.dtype
-        right = is_right(fused, lambda: self.block(next(blocks(self.base, _CHECKED_ELEMENTS))).to(dtype))
+        written = fused.dtype
+        right = is_right(fused, lambda: self.block(next(blocks(self.base, _CHECKED_ELEMENTS))).to(written))
         return fused if right else None
 
     def _arguments_at(self, rows: slice) -> dict[str, Any]:

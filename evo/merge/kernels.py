@@ -31,7 +31,7 @@ LOOPS = {"cpu": "evo.merge.cpp_loop:CppLoop", "cuda": "evo.merge.triton_kernel:T
 READ = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8)
 """The dtypes that a loop reads; of uint8, each half is a number."""
 WRITTEN = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
-"""The dtypes that a loop writes: a merge's is the base's, but float32 where that has yet to be encoded."""
+"""The dtypes that a loop writes; float32 is also what has yet to be encoded."""
 FUSE_FROM_ELEMENTS = 1 << 16
 """Smaller parts are not worth compiling a loop for."""
 OFF = "MERGEFRONT_NO_COMPILE"
@@ -146,6 +146,7 @@ def fuse(
     *,
     may_compile: bool = True,
     first: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Fused | None:
     """Compile a merge of whole matrices, or find its loop among those compiled.
 
@@ -157,6 +158,7 @@ def fuse(
         keys: D streams of noise, for a random method.
         may_compile: if not, only loops that are there already are used.
         first: number of the operands' first element in the part, where they are some whole rows of it.
+        dtype: of the result; None: the base's, but float32 where that has yet to be encoded.
 
     Returns:
         None where the merge has to run on tensors: no compiler, another device, dtype or layout, or an operation
@@ -170,7 +172,7 @@ def fuse(
         _say_once(f"{error}: this merge runs on tensors, slower and with the same bits")
         return None
     base = tape.inputs[0]
-    dtype = torch.float32 if base.dtype.itemsize == 1 else base.dtype
+    dtype = dtype or (torch.float32 if base.dtype.itemsize == 1 else base.dtype)
     return _fused(tape, nodes, dtype, [word for key in keys for word in key], may_compile, first)
 
 

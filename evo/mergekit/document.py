@@ -11,6 +11,7 @@ from evo.errors import did_you_mean
 from evo.mergekit.methods import DIALECTS, Base, Dialect
 from evo.mergekit.settings import MergekitError, check
 from evo.places import Place
+from search_spaces.recipe import DTYPES
 
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -18,7 +19,6 @@ _KEYS = {
 }  # fmt: skip
 _OF_MODELS, _OF_SOURCES = ("model", "parameters"), ("model", "layer_range", "parameters")
 _OF_SLICES = ("sources", "base_model", "parameters")
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
 @dataclass(frozen=True)
@@ -247,13 +247,13 @@ class Document:
             return default
         return self._name(source.removeprefix("model:") if isinstance(source, str) else source, place)
 
-    def _dtype(self, data: Mapping[str, Any]) -> tuple[str, Place] | None:
-        """What is asked for of the files, as safetensors writes it. Merging is in float32 whatever is asked."""
+    def _dtype(self, data: Mapping[str, Any]) -> str | None:
+        """What is asked for of the files. Merging is in float32 whatever is asked."""
         for key in ("out_dtype", "dtype"):
             if (name := data.get(key)) is not None:
-                if str(name).removeprefix("torch.") not in _DTYPES:
-                    raise MergekitError((key,), f"expected one of {', '.join(_DTYPES)}, got {name!r}")
-                return _DTYPES[str(name).removeprefix("torch.")], (key,)
+                if (plain := str(name).removeprefix("torch.")) not in DTYPES:
+                    raise MergekitError((key,), f"expected one of {', '.join(DTYPES)}, got {name!r}")
+                return plain
         return None
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from evo.checkpoint import Checkpoint
-from evo.encodings.plain import Plain
 from evo.merge import get_method
 from evo.mergekit.document import Document, Parameters, Slice
 from evo.mergekit.methods import CannotSayError, Merge
@@ -33,9 +31,7 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
     Raises:
         MergekitError: with the place of what cannot be said here.
     """
-    origin = sources[document.origin]
-    _check_dtype(document, origin)
-    layout = origin.layout
+    layout = sources[document.origin].layout
     if (layers := document.slices[-1].layers) and layers[1] != layout.n_blocks:
         where = ("slices", str(len(document.slices) - 1), "sources", "0", "layer_range")
         raise MergekitError(
@@ -48,7 +44,7 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
         )
     _note_idle_filters(document, [part.tensor for part in layout.parts])
     tensors = [_Tensor(part, _say(document, part, layout.n_blocks)) for part in layout.parts]
-    return Recipe(named, document.origin, document.interface, _rules(tensors, layout))
+    return Recipe(named, document.origin, document.interface, _rules(tensors, layout), dtype=document.dtype)
 
 
 def _note_idle_filters(document: Document, tensors: Sequence[str]) -> None:
@@ -56,16 +52,6 @@ def _note_idle_filters(document: Document, tensors: Sequence[str]) -> None:
     for scope in scopes:
         for name, setting in scope.settings.items():
             document.notes += [f"{'.'.join((*scope.place, name, i))}: {why}" for i, why in idle(setting, tensors)]
-
-
-def _check_dtype(document: Document, origin: Checkpoint) -> None:
-    stored = Counter(e.encoding.output.dtype for e in origin.entries.values() if isinstance(e.encoding.output, Plain))
-    if document.dtype and stored and document.dtype[0] != (usual := stored.most_common(1)[0][0]):
-        name = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(usual, usual)
-        raise MergekitError(
-            document.dtype[1], f"the models are stored as {name}, and each tensor keeps its dtype here: expected "
-            f"out_dtype: {name} (merging is in float32 anyway), or neither key",
-        )  # fmt: skip
 
 
 def _say(document: Document, part: Part, n_blocks: int) -> _Said:

@@ -12,6 +12,7 @@ import yaml
 from evo.adapter import Adapter
 from evo.checkpoint import Checkpoint
 from evo.copies import tied_heads
+from evo.dtypes import NAMES
 from evo.encodings.plain import Plain
 from evo.merge import get_method
 from evo.mergekit.methods import CannotSayError
@@ -21,7 +22,7 @@ from search_spaces.recipe import Recipe, Rule
 __all__ = ["MERGEKIT_FILE", "CannotSayError", "write_mergekit"]
 
 MERGEKIT_FILE = "mergekit.yaml"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {code: name for name, code in NAMES.items()}
 
 
 @dataclass(frozen=True)

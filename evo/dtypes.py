@@ -1,0 +1,75 @@
+"""Merges in another dtype than their parents, or of parents that are stored in several."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import Any
+
+from evo.checkpoint import Checkpoint, CheckpointError
+from evo.encodings.low_rank import LowRank
+from evo.encodings.plain import Plain
+from search_spaces.recipe import DTYPES
+
+NAMES = dict(zip(DTYPES, ("F32", "F16", "BF16"), strict=True))
+"""What torch and recipes call a dtype -> as safetensors writes it."""
+_KEYS = ("dtype", "torch_dtype")
+"""Of config.json, newer and older."""
+
+
+def store_as(checkpoints: Collection[Checkpoint], dtype: str) -> None:
+    """Have merges of checkpoints stored in a dtype: those tensors that are in the usual one of each checkpoint. What is
+    not, in one of them, keeps the dtype that it has there, as DeepSeek's float32 biases do beside bfloat16.
+
+    Args:
+        checkpoints: the sources; changed in place, before anything is read.
+        dtype: one of NAMES.
+
+    Raises:
+        CheckpointError: if one is quantised, and its other tensors are not in that dtype.
+    """
+    usual = [_usual_dtype(checkpoint) for checkpoint in checkpoints]
+    own: dict[str, str] = {}
+    for checkpoint, of_most in zip(checkpoints, usual, strict=True):
+        found = {name: inner.dtype for name, inner in _plain(checkpoint) if inner.is_float and inner.dtype != of_most}
+        own = {**found, **own}
+    for checkpoint, of_most in zip(checkpoints, usual, strict=True):
+        plain = dict(_plain(checkpoint))
+        if of_most != NAMES[dtype] and (odd := [e for name, e in checkpoint.entries.items() if name not in plain]):
+            raise CheckpointError(
+                f"{checkpoint.path}: {odd[0].name} is stored as {odd[0].encoding}, and a merge as "
+                f"{odd[0].encoding.output}: expected no dtype, got {dtype}"
+            )
+        for name, inner in plain.items():
+            if inner.is_float and inner.dtype != (wanted := own.get(name, NAMES[dtype])):
+                entry, converted = checkpoint.entries[name], replace(inner, to=wanted)
+                encoding = LowRank(converted) if isinstance(entry.encoding, LowRank) else converted
+                checkpoint.entries[name] = replace(entry, encoding=encoding)
+
+
+def _plain(checkpoint: Checkpoint) -> Iterator[tuple[str, Plain]]:
+    """Tensors that are not quantised; of one with a low-rank difference, what is stored of the tensor."""
+    for name, entry in checkpoint.entries.items():
+        inner = entry.encoding.inner if isinstance(entry.encoding, LowRank) else entry.encoding
+        if isinstance(inner, Plain):
+            yield name, inner
+
+
+def _usual_dtype(checkpoint: Checkpoint) -> str | None:
+    """The dtype that most plain tensors have, as safetensors writes it; None if there are none."""
+    found = Counter(inner.dtype for _, inner in _plain(checkpoint))
+    return found.most_common(1)[0][0] if found else None
+
+
+def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that says so, in all its sections.
+
+    Args:
+        config: of the parent.
+        dtype: one of NAMES.
+    """
+    return {
+        key: dtype if key in _KEYS and value in NAMES else config_in(value, dtype) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }

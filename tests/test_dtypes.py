@@ -1,0 +1,169 @@
+"""Merges stored in another dtype than their parents, and merges of parents that are stored in several."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from evo.checkpoint import CheckpointError
+from evo.merge.kernels import OFF
+from evo.merge_file import RecipeError, merge
+from search_spaces.recipe import Recipe
+from tests.conftest import CONFIGS, make_checkpoint
+from tests.encoding import files_of, to_fp8
+from tests.test_adapter import make_adapter
+
+BIAS = "e_score_correction_bias"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of one architecture: checkpoints called "bfloat16", "float16" and "float32", after what they are stored in."""
+    folder = tmp_path_factory.mktemp("dtypes")
+    config = CONFIGS["deepseek_v3"]()
+    config.vocab_size = 4000  # an embedding that a loop is compiled for
+    for seed, (name, dtype) in enumerate(DTYPES.items()):
+        make_checkpoint(folder / name, config, seed, dtype=dtype)
+    return folder
+
+
+@pytest.fixture
+def merged(folder, tmp_path):
+    """Merges what a recipe beside the checkpoints says."""
+
+    def run(recipe, out="out"):
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        merge(folder / "recipe.yaml", tmp_path / out, force=True)
+        return files_of(tmp_path / out)
+
+    return run
+
+
+def recipe_of(names, rules, **further):
+    sources = {name: {"path": name} for name in names}
+    return {"version": 1, "sources": sources, "base": names[0], "interface": names[0], "rules": rules, **further}
+
+
+def rounded(values, dtype):
+    """Each number to the nearest of a dtype, but for biases, which stay float32."""
+    return {name: value if name.endswith(BIAS) else value.to(dtype) for name, value in values.items()}
+
+
+def assert_rounded_once(found, exact):
+    """To the nearest of its dtype, from what float32 makes of numbers of about 1."""
+    half_a_step = torch.finfo(found.dtype).eps / 2 * exact.abs().clamp(min=torch.finfo(found.dtype).tiny)
+    on_the_way = 4 * torch.finfo(torch.float32).eps
+    assert ((found.double() - exact).abs() <= half_a_step * 1.001 + on_the_way).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("base", DTYPES)
+def test_a_merge_is_rounded_once_to_the_dtype_that_is_asked_for(folder, merged, monkeypatch, base, dtype, compiled):
+    if not compiled:
+        monkeypatch.setenv(OFF, "1")
+    names = [base, *(name for name in DTYPES if name != base)]
+    found = merged(
+        recipe_of(names, [{"method": "linear", "coefficients": {names[1]: 0.25, names[2]: 0.5}}], dtype=dtype)
+    )
+    a, b, c = (files_of(folder / name) for name in names)
+    exact = {n: 0.25 * a[n].double() + 0.25 * b[n].double() + 0.5 * c[n].double() for n in a}
+    assert found.keys() == exact.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == (torch.float32 if name.endswith(BIAS) else DTYPES[dtype])
+        assert_rounded_once(tensor, exact[name])
+
+
+def test_all_dtypes_are_of_one_merge(merged):
+    """None of them goes through another."""
+    ties = {"method": "ties", "coefficients": {"float32": 0.6, "bfloat16": 0.7}, "knobs": {"density": 0.4}}
+    names = ["float16", "float32", "bfloat16"]
+    whole, *others = (merged(recipe_of(names, [ties], dtype=dtype), dtype) for dtype in DTYPES)
+    for other, dtype in zip(others, list(DTYPES.values())[1:], strict=True):
+        for name, value in rounded(whole, dtype).items():
+            assert torch.equal(other[name], value)
+
+
+def test_copies_are_converted_and_plain_transformers_loads_them(folder, merged, tmp_path):
+    found = merged(recipe_of(["bfloat16"], [], dtype="float16"))
+    for name, value in rounded(files_of(folder / "bfloat16"), torch.float16).items():
+        assert torch.equal(found[name], value)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.float16
+    assert torch.equal(loaded.lm_head.weight, found["lm_head.weight"])
+
+
+def test_what_is_stored_so_already_stays_as_it_is(folder, merged):
+    found = merged(recipe_of(["float16"], [], dtype="float16"))
+    assert all(torch.equal(found[name], value) for name, value in files_of(folder / "float16").items())
+
+
+def test_an_exports_recipe_has_the_same_bits(folder, merged, tmp_path):
+    rule = {"method": "linear", "coefficients": {"float16": 0.5}, "roles": ["ffn"]}
+    found = merged(recipe_of(["bfloat16", "float16"], [rule], dtype="bfloat16"))
+    merge(tmp_path / "out" / "recipe.yaml", tmp_path / "again")
+    again = files_of(tmp_path / "again")
+    assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
+    assert Recipe.from_yaml((tmp_path / "again" / "recipe.yaml").read_text()).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("keys", [{"dtype": "float16"}, {"dtype": "float32", "out_dtype": "torch.float16"}])
+def test_mergekits_key(folder, tmp_path, keys):
+    for seed, (name, dtype) in enumerate({"a": torch.bfloat16, "b": torch.float32}.items()):
+        make_checkpoint(tmp_path / name, "llama", seed, dtype=dtype)
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"]
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models, **keys}))
+    merge(tmp_path / "m.yaml", tmp_path / "out")
+    a, b, found = (files_of(tmp_path / name) for name in ("a", "b", "out"))
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float16
+        assert_rounded_once(tensor, 0.5 * a[name].double() + 0.5 * b[name].double())
+    written = yaml.safe_load((tmp_path / "out" / "mergekit.yaml").read_text())
+    assert (written["dtype"], written["out_dtype"]) == ("float32", "float16")
+
+
+def test_an_adapter_follows_its_base(tmp_path):
+    base = make_checkpoint(tmp_path / "base", "llama", 0)
+    make_adapter(tmp_path / "lora", base, 1)
+    text = yaml.safe_dump(recipe_of(["base", "lora"], [{"method": "linear", "coefficients": {"lora": 1.0}}]))
+    for dtype in ("float32", "float16"):
+        (tmp_path / "recipe.yaml").write_text(f"{text}\ndtype: {dtype}\n")
+        merge(tmp_path / "recipe.yaml", tmp_path / dtype)
+    whole, half = files_of(tmp_path / "float32"), files_of(tmp_path / "float16")
+    assert {t.dtype for t in whole.values()} == {torch.float32} and {t.dtype for t in half.values()} == {torch.float16}
+    assert all(torch.equal(whole[name].half(), half[name]) for name in whole)
+
+
+class TestRefused:
+    def test_parents_of_several_dtypes_without_one(self, merged):
+        with pytest.raises(CheckpointError, match="or merge into one: `dtype: bfloat16`, say, in a recipe"):
+            merged(recipe_of(["bfloat16", "float16"], []))
+
+    @pytest.mark.parametrize("rules", [[], [{"method": "linear", "coefficients": {"large": 0.5}}]])
+    def test_numbers_that_the_dtype_has_not(self, tmp_path, rules):
+        for seed, name in enumerate(["small", "large"]):
+            make_checkpoint(tmp_path / name, "llama", seed, shard="1GB")
+        tensors = files_of(tmp_path / "large")
+        tensors["model.norm.weight"][3] = 1e6  # float16 ends at 65504
+        save_file(tensors, tmp_path / "large" / "model.safetensors", metadata={"format": "pt"})
+        names = ["small", "large"] if rules else ["large"]
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(names, rules, dtype="float16")))
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight: .* range of"):
+            merge(tmp_path / "recipe.yaml", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_what_is_quantised(self, folder, merged):
+        to_fp8(folder / "bfloat16", folder / "fp8")
+        with pytest.raises(CheckpointError, match=r"is stored as F8_E4M3 .*expected no dtype, got float32"):
+            merged(recipe_of(["fp8"], [], dtype="float32"))
+        assert merged(recipe_of(["fp8"], [], dtype="bfloat16"))  # as its other tensors are anyway
+
+    def test_a_dtype_that_is_not_here(self, merged):
+        with pytest.raises(RecipeError, match="dtype: expected one of float32, float16, bfloat16, or none, got 'int8'"):
+            merged(recipe_of(["bfloat16"], [], dtype="int8"))
