@@ -21,9 +21,9 @@ from tests.test_engine import reference_ids
 
 PROMPTS = [f"{a}{'+12' * (i % 5)}" for i, a in enumerate(range(1, 400, 17))]
 CONFIGS_WITH_WINDOWS = {
-    "mistral": lambda: MistralConfig(**_COMMON, intermediate_size=48, sliding_window=6),
+    "mistral": lambda: MistralConfig(**_COMMON, hidden_size=32, intermediate_size=48, sliding_window=6),
     "gemma3": lambda: Gemma3TextConfig(
-        **_COMMON, intermediate_size=48, head_dim=16, sliding_window=6,
+        **_COMMON, hidden_size=32, intermediate_size=48, head_dim=16, sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }  # fmt: skip
