@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich import box
 from rich.console import Console
@@ -24,12 +24,14 @@ from evo.config import Budget
 from evo.front import Front, Row, percent, spread
 from evo.history import History
 from evo.ledger import Entry, Ledger
-from evo.loop import Progress as Event
-from evo.loop import Watcher
 from evo.run_folder import holder, is_held
-from evo.search import Search
 from evo.types import Status
 from fitness.types import Split
+
+if TYPE_CHECKING:  # they take a second, which `status` has no need of
+    from evo.loop import Progress as Event
+    from evo.loop import Watcher
+    from evo.search import Search
 
 PICTURE_FILE = "front.png"
 

@@ -209,6 +209,15 @@ def test_a_bad_config_is_told_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_status_answers_at_once(session):
+    """Without what takes a second or more to import."""
+    run, _ = session
+    code = "import sys; from evo.cli import app; app(['status', sys.argv[1]], standalone_mode=False); "
+    code += "print([name for name in ('torch', 'transformers', 'mlflow', 'optuna') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]" and "finished" in result.stdout
+
+
 @pytest.mark.parametrize(
     "command",
     [[], ["run"], ["plan"], ["front"], ["export"], ["merge"], ["eval"], ["status"], ["stop"], ["sync"], ["options"]],
