@@ -329,13 +329,15 @@ class Config(_Section):
 SAFE_KEYS = ("budget", "tracking", "engine.threads", "memory.residency")
 """Keys that may differ when a run goes on; any other would make its results incomparable."""
 MOVABLE_KEYS = ("parents", "base")
-"""Keys that say where checkpoints are. Their content is checked by itself."""
+"""Keys that say where checkpoints are. Their content is checked by itself, and their order by its names: the first is the
+interface, the last what coefficients start from, unless the config says otherwise.
+"""
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Describe every key, except the safe ones, that differs between two dumped configs."""
     old = Config.model_validate(old).model_dump(mode="json")  # keys that are new since then have their default
-    before, after = dict(_flatten(old)), dict(_flatten(new))
+    before, after = ({**dict(_flatten(config)), "the order of parents": [*config["parents"]]} for config in (old, new))
     return [
         f"{key}: {before.get(key, '(not set)')!r} when the run started, {after.get(key, '(not set)')!r} now"
         for key in sorted(before.keys() | after.keys())

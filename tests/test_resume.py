@@ -80,6 +80,14 @@ class TestRefused:
         with pytest.raises(ResumeError, match=r"optimizer.population: 5 when the run started, 6 now"):
             Search.from_yaml(path, finished.folder).run()
 
+    def test_parents_in_another_order(self, finished, tmp_path):
+        """Another tokenizer, and coefficients that mean the other way round: nothing else of the config would change."""
+        path = write_config(tmp_path)
+        first, second = (f"{name}: {CHIMERA}/{name}" for name in ("reasoner", "concise"))
+        path.write_text(path.read_text().replace(f"{first}, {second}", f"{second}, {first}"))
+        with pytest.raises(ResumeError, match=r"the order of parents: \['reasoner', 'concise'\] when the run started"):
+            Search.from_yaml(path, finished.folder).run()
+
     @pytest.fixture
     def own_parents(self, tmp_path):
         for name in ("reasoner", "concise", "base"):
