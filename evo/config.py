@@ -329,8 +329,8 @@ class Config(_Section):
 SAFE_KEYS = ("budget", "tracking", "engine.threads", "memory.residency")
 """Keys that may differ when a run goes on; any other would make its results incomparable."""
 MOVABLE_KEYS = ("parents", "base")
-"""Keys that say where checkpoints are. Their content is checked by itself, and their order by its names: the first is the
-interface, the last what coefficients start from, unless the config says otherwise.
+"""Keys that say where checkpoints are. Their content is checked by itself, and the order of parents, too: the first is
+the interface, the last what coefficients start from, unless the config says otherwise.
 """
 
 

@@ -10,13 +10,11 @@ import torch
 from evo.job import Job
 from evo.merge import Stats
 from evo.merge.blocks import Operand
-from evo.weights import give_back_memory
+from evo.weights import GivingBack
 from search_spaces.layout import Part
 
 GIVE_BACK_BYTES = 64 << 20
-"""How much is looked at, in float32, before memory is given back: what is remembered lies between temporaries that are
-freed, and glibc's heap had grown to 923 MiB beside a model of 509 MiB where 2 MiB were live.
-"""
+"""In float32: glibc's heap had grown to 923 MiB beside a model of 509 MiB where 2 MiB were live."""
 
 
 class Measured:
@@ -24,8 +22,7 @@ class Measured:
 
     def __init__(self) -> None:
         self._stats: dict[tuple[Any, ...], Stats] = {}
-        self._n_bytes = 0
-        """Looked at since memory was given back."""
+        self._memory = GivingBack(GIVE_BACK_BYTES)
 
     def __len__(self) -> int:
         return len(self._stats)
@@ -54,7 +51,7 @@ class Measured:
             if key not in self._stats:
                 base = operand(job.sources[0])
                 self._stats[key] = measure.function([operand(n) for n in names], base, **knobs)
-                self._looked_at(4 * base.numel() * len(names))
+                self._memory.looked_at(4 * base.numel() * len(names))
             return self._stats[key]
 
         if not measure.per_donor:
@@ -63,9 +60,3 @@ class Measured:
             stats((name,), {knob: values[d] for knob, values in arguments.items()})
             for d, name in enumerate(job.sources[1:])
         ]
-
-    def _looked_at(self, n_bytes: int) -> None:
-        self._n_bytes += n_bytes
-        if self._n_bytes >= GIVE_BACK_BYTES:
-            give_back_memory()
-            self._n_bytes = 0

@@ -59,9 +59,6 @@ def write_weights(
         with _Worker(files) as worker:
             for name, stretches in tensors:
                 hashes[name] = worker.write(name, stretches)
-                if worker.n_bytes >= TRIM_BYTES:
-                    worker.n_bytes = 0
-                    give_back_memory()
     finally:
         files.close()
     files.write_index()
@@ -75,8 +72,7 @@ class _Worker:
         self._files = files
         self._thread = ThreadPoolExecutor(1)
         self._in_flight: deque[Future[None]] = deque()
-        self.n_bytes = 0
-        """That have been made."""
+        self._memory = GivingBack(TRIM_BYTES)
         self._blocks = deque(torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(N_BLOCKS))
 
     def __enter__(self) -> _Worker:
@@ -98,7 +94,7 @@ class _Worker:
             self._in_flight.append(self._thread.submit(self._take, digest, name, block, at))
             self._wait_for_all_but(N_BLOCKS - 1)
             at += len(block)
-        self.n_bytes += at
+        self._memory.looked_at(at)
         return digest
 
     def _take(self, digest: Any, name: str, block: Tensor, at: int) -> None:
@@ -161,6 +157,25 @@ class _Files:
         if names != {SINGLE_FILE}:
             index = {"metadata": {"total_size": self._n_bytes}, "weight_map": self._weight_map}
             (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
+
+
+class GivingBack:
+    """Gives memory back whenever so much has been looked at: what is kept of it lies between temporaries that are
+    freed, and the heap would go on growing.
+
+    Args:
+        every: so many bytes.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every, self._n_bytes = every, 0
+
+    def looked_at(self, n_bytes: int) -> None:
+        """Tell that so many more have been."""
+        self._n_bytes += n_bytes
+        if self._n_bytes >= self._every:
+            give_back_memory()
+            self._n_bytes = 0
 
 
 def give_back_memory() -> None:

@@ -1,5 +1,9 @@
 """Compressed differences, against quantisation and SVD by numpy."""
 
+import ctypes
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from evo.materializer import Materializer
 from evo.merge.blocks import blocks
 from evo.residency import Residency
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.test_architecture import ROOT
 
 
 def base_and_delta(shape, seed=0):
@@ -157,3 +162,29 @@ class TestCandidates:
         matrices = [r for r in reads if r[0] == moe_parents["a"] and "norm" not in r[1]]
         assert len(matrices) == len(set(matrices)) > 0
         assert {key[0] for key in writer._pieces._kept} == {moe_parents["base"]}
+
+
+COMPRESS = """
+import torch
+from evo.deltas import Deltas, parse
+
+def memory():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+torch.set_num_threads(1)
+base, donor = torch.randn(2, 700, 1000).bfloat16()
+deltas = Deltas(parse("int8"))
+deltas.donor("a", "first", base, lambda: donor)
+before = memory()
+for part in range(100):
+    deltas.donor("a", part, base, lambda: donor)
+print(memory() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc, whose heap it is about")
+def test_compressing_leaves_no_more_in_memory_than_what_is_kept():
+    """In a process of its own, whose heap nothing else has used: twice as much was left."""
+    run = subprocess.run([sys.executable, "-c", COMPRESS], capture_output=True, text=True, cwd=ROOT, check=True)
+    kept = 100 * Absmax(8).n_bytes((700, 1000))
+    assert kept < int(run.stdout) < 1.2 * kept

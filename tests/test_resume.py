@@ -81,7 +81,7 @@ class TestRefused:
             Search.from_yaml(path, finished.folder).run()
 
     def test_parents_in_another_order(self, finished, tmp_path):
-        """Another tokenizer, and coefficients that mean the other way round: nothing else of the config would change."""
+        """Another tokenizer, and coefficients that count from the other end, though no key has changed."""
         path = write_config(tmp_path)
         first, second = (f"{name}: {CHIMERA}/{name}" for name in ("reasoner", "concise"))
         path.write_text(path.read_text().replace(f"{first}, {second}", f"{second}, {first}"))
