@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from evo.checkpoint import Checkpoint
-from evo.planning.footprint import cache_row_bytes, columns, export_bytes, model_bytes, step_row_bytes
+from evo.planning.footprint import cache_row_bytes, columns, export_bytes, kernel_bytes, model_bytes, step_row_bytes
 from fitness.engines.columns import Columns, cache_name, is_columnar
 from fitness.engines.sampling import Settings as Sampling
 from tests.conftest import make_checkpoint
@@ -120,3 +120,41 @@ def test_columns_by_hand():
     assert columns(10, 20) == 42  # fits at once
     assert columns(10, 60) == 42 + 32  # 42, then 32 more, which is more than half of 42
     assert columns(100, 100) == 132 + 66 + 99  # 132, 198 are less than 200
+
+
+MEASURE_KERNELS = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+
+def memory():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+with torch.inference_mode():
+    model(input_ids=torch.ones(200, 1, dtype=torch.long), use_cache=False)
+    before = memory()
+    for n in range(1, 49):
+        model(input_ids=torch.ones(n, 1, dtype=torch.long), use_cache=False)
+print(memory() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or not Path("/proc/self/status").exists(),
+    reason="torch has oneDNN multiply bfloat16 where there is AVX-512",
+)
+def test_compiled_products_of_a_real_model(tmp_path):
+    """Of a batch of 32 whose rows end one by one, and of prompts: 48 numbers of tokens in all, one after the other."""
+    folder = make_checkpoint(tmp_path / "model", "llama", 0)
+    command = [sys.executable, "-c", MEASURE_KERNELS, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert kernel_bytes(Checkpoint.open(folder), 5, 32) == pytest.approx(int(run.stdout), rel=0.15)
+
+
+def test_compiled_products_by_hand(tmp_path):
+    """Attention, gates, down, and the head's shape; of experts the shapes of their three matrices: two."""
+    dense, moe = (Checkpoint.open(make_checkpoint(tmp_path / name, name, 0)) for name in ("llama", "qwen3_moe"))
+    assert kernel_bytes(dense, 5, 32) == 4 * 48 * 570_000
+    assert kernel_bytes(moe, 5, 2) < kernel_bytes(moe, 50, 2) <= kernel_bytes(moe, 5000, 2) == 1024 * 570_000

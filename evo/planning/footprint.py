@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from evo.checkpoint import Checkpoint
+from evo.holdings import matrix_of
 from evo.merge import get_method
 from evo.parallel import own_parts, part_shape
 from fitness.engines.columns import SPARE_COLUMNS
@@ -24,6 +25,8 @@ DTYPES = {4: torch.float32, 2: torch.bfloat16}
 """By the bytes of a number; of 16 bits either does."""
 MERGE_BYTES = 8 * MIB
 """Blocks of a merge that measures nothing (experiments/benchmarks)."""
+KERNEL_BYTES, MOST_KERNELS = 570_000, 1024
+"""What oneDNN keeps of a matrix product in bfloat16, whatever its shape, and of how many (as measured)."""
 
 
 @lru_cache
@@ -49,6 +52,22 @@ def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
     if get_method(method).measure is None:
         return MERGE_BYTES
     return 8 * max(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint)) + MERGE_BYTES
+
+
+def kernel_bytes(checkpoint: Checkpoint, prompt: int, rows: int) -> int:
+    """Of matrix products in bfloat16 on a CPU with AVX-512: torch has oneDNN compile one for each shape of a weight and
+    each number of tokens that go through it together. Steps have any number up to all rows, and prompts half as many
+    more, as measured; through an expert goes any share of a batch's prompts.
+
+    Args:
+        checkpoint: of the resident model.
+        prompt: tokens of the longest prompt.
+        rows: answers decoded together.
+    """
+    parts = own_parts(checkpoint)
+    shapes = {(part.expert is not None, matrix_of(checkpoint, part)) for part in parts}
+    numbers = (rows * prompt if of_expert else rows * 3 // 2 for of_expert, (n, _) in shapes if n > 1)
+    return KERNEL_BYTES * min(MOST_KERNELS, sum(numbers))
 
 
 def cache_token_bytes(config: Mapping[str, Any], item: int) -> int:
