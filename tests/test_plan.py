@@ -156,6 +156,16 @@ def test_a_plan_counts_how_tokens_are_drawn(chimera):
     assert rows[1] - rows[0] == (32 - 4) * vocabulary
 
 
+def test_compiled_products_are_counted_where_there_are_any(plan_of):
+    """In bfloat16 on a CPU with AVX-512, more of them with more answers; not in float32, nor on a GPU."""
+    more = []
+    cases = ("host", "bfloat16", 4), ("host", "bfloat16", 8), ("host", "float32", 8), ("gpu", "bfloat16", 8)
+    for device, dtype, rows in cases:
+        told = [plan_of(Settings(device, dtype, rows, has_avx512=has)).total("host") for has in (False, True)]
+        more.append(told[1] - told[0])
+    assert more[1] == 2 * more[0] > 0 and more[2:] == [0, 0]
+
+
 def test_an_automatic_batch_is_what_the_engine_makes_of_as_much_memory(chimera, monkeypatch):
     options = {"dtype": "float32", "batch_size": "auto"}
     config = config_of(chimera.sources, engine={**options, "max_tokens": 110})
@@ -350,7 +360,9 @@ class TestVllm:
 
 def test_a_plan_of_this_machine(chimera, tmp_path):
     planned = plan_search(chimera, out=tmp_path / "not" / "there")
-    assert planned.plan.fits(planned.free) and replace(planned.settings, total=0) == Settings("host", "float32", 32)
+    assert planned.plan.fits(planned.free) and replace(planned.settings, total=0, has_avx512=False) == Settings(
+        "host", "float32", 32
+    )
     lines = list(planned.report(tokens=None))
     assert any("the resident model" in line for line in lines) and "--calibrate" in "".join(lines)
     with pytest.raises(PlanError):

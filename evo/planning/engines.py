@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.planning.footprint import (
@@ -55,9 +53,7 @@ def transformers(config: Config, interface: Checkpoint, prompt: int, settings: A
         Item(device, f"cached keys and values of {settings.rows} answers", cached * settings.rows),
         Item(device, "a pass through a layer, and logits", step * settings.rows),
     ]
-    if (device, settings.dtype) == ("host", "bfloat16") and torch.backends.cpu.get_cpu_capability().startswith(
-        "AVX512"
-    ):
+    if (device, settings.dtype) == ("host", "bfloat16") and settings.has_avx512:
         items.append(Item("host", "compiled matrix products", kernel_bytes(interface, prompt, settings.rows)))
     if device == "gpu":
         items += [Item("host", "the model while it is loaded", model), Item("gpu", "CUDA", CUDA_BYTES)]

@@ -57,7 +57,7 @@ def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
 def kernel_bytes(checkpoint: Checkpoint, prompt: int, rows: int) -> int:
     """Of matrix products in bfloat16 on a CPU with AVX-512: torch has oneDNN compile one for each shape of a weight and
     each number of tokens that go through it together. Steps have any number up to all rows, and prompts half as many
-    more, as measured; through an expert goes any share of a batch's prompts.
+    more, though not all occur in a large batch, as measured; through an expert goes any share of a batch's prompts.
 
     Args:
         checkpoint: of the resident model.
@@ -66,7 +66,8 @@ def kernel_bytes(checkpoint: Checkpoint, prompt: int, rows: int) -> int:
     """
     parts = own_parts(checkpoint)
     shapes = {(part.expert is not None, matrix_of(checkpoint, part)) for part in parts}
-    numbers = (rows * prompt if of_expert else rows * 3 // 2 for of_expert, (n, _) in shapes if n > 1)
+    dense = min(rows * 3 // 2, rows // 2 + 32)
+    numbers = (rows * prompt if of_expert else dense for of_expert, (n, _) in shapes if n > 1)
     return KERNEL_BYTES * min(MOST_KERNELS, sum(numbers))
 
 

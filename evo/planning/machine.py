@@ -142,6 +142,7 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
         config.engine.kind,
         total_bytes(device),
         share,
+        torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
     )
     room = free.get(where, free_bytes(device))
     settings = replace(settings, rows=min(most, _batch_size(config, interface, load, options, device, room)))

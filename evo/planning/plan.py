@@ -58,6 +58,8 @@ class Settings:
     """Bytes that the device has, of which vLLM takes a share."""
     share: float | None = None
     """The share that vLLM is to take; None for other engines, or if its cache has a size of its own."""
+    has_avx512: bool = False
+    """Of the CPU: torch then has oneDNN compile matrix products in bfloat16."""
 
     def others(self) -> Iterator[tuple[str, Settings]]:
         """Settings that take less, the least change first, and what to write into a config for them."""
