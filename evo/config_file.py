@@ -107,7 +107,7 @@ def _validated(data: Mapping[str, Any], folder: Path, lines: Mapping[Place, int]
 
 def _mistakes(config: Config, lines: Mapping[Place, int]) -> Iterator[tuple[Place, str]]:
     """What each section may say by itself, and is wrong with the others, its component or the disk."""
-    for checked in (_check_parents, _check_files, _check_knobs, _check_capabilities, _check_memory):
+    for checked in (_check_parents, _check_files, _check_knobs, _check_capabilities, _check_passed_on, _check_memory):
         yield from checked(config)
     for error in _check_options(config):
         yield _describe(lines, error, config)
@@ -201,6 +201,15 @@ def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
                 f"{who} needs {', '.join(sorted(missing))}, which the engine {config.engine.kind!r} lacks; "
                 f"engines that have it: {others}",
             )
+
+
+def _check_passed_on(config: Config) -> Iterator[tuple[Place, str]]:
+    """Options that an engine would pass on to its library, but for those that it refuses."""
+    refused: Mapping[str, str] = getattr(pkgutil.resolve_name(ENGINES[config.engine.kind]), "refused", {})
+    given = config.engine.options.get("options")
+    for name in given if isinstance(given, Mapping) else ():
+        if name in refused:
+            yield ("engine", "options", name), refused[name]
 
 
 def _capabilities(kind: str) -> frozenset[str]:

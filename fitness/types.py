@@ -247,7 +247,8 @@ class Engine(Protocol):
     what to run where they live ("module:attribute"), never handed tensors. `fitness` so knows no recipes.
 
     Made with a checkpoint's folder; options are keyword-only parameters. `dtype` is one; `device`, `batch_size` and
-    `decoding` are optional, and a config that sets one that is not there is refused. KeyboardInterrupt, wherever it
+    `decoding` are optional, and a config that sets one that is not there is refused. An engine that passes `options` on
+    may have a class attribute `refused`: name -> why a config may not set it. KeyboardInterrupt, wherever it
     strikes, and errors of the writer go through, and leave no request or cache behind: the next update and the next
     text are those of a fresh engine.
     """

@@ -280,6 +280,16 @@ def test_an_engine_whose_package_is_missing_is_refused_when_the_config_is_read(w
     assert expected in str(error.value)
 
 
+def test_arguments_with_which_vllm_would_score_another_model_are_refused_with_their_line(write):
+    options = "kind: vllm, options: {quantization: fp8, max_model_len: 64, kv_offloading_size: 4, dtype: half}"
+    with pytest.raises(ConfigError) as error:
+        load_config(write(GOOD.replace("max_tokens: 64", f"max_tokens: 64, {options}")))
+    told = [line for line in str(error.value).splitlines() if "engine.options." in line]
+    assert len(told) == 3
+    assert "search.yaml:6: engine.options.quantization: what is scored would not be what is exported" in told[0]
+    assert "keys and values of the candidate before" in told[1] and "set engine.dtype" in told[2]
+
+
 def test_an_option_without_a_type_hint_names_its_component(write, monkeypatch):
     class Sums:
         """A task whose author forgot a type."""

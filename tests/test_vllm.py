@@ -1,5 +1,6 @@
 """A search whose engine is vLLM, from the config to an export; and what the engine refuses. Skipped without vLLM."""
 
+import dataclasses
 import gc
 import os
 from contextlib import closing
@@ -11,7 +12,7 @@ from transformers import GptOssConfig
 from evo.assemble import build_space, open_sources
 from evo.ledger import Ledger
 from evo.search import Search
-from fitness.types import Split
+from fitness.types import Decoding, Split
 from tests.conftest import CONFIGS_OF_ENGINES, make_checkpoint
 from tests.engines import OPTIONS, running
 from tests.synthetic import config_of
@@ -139,6 +140,38 @@ def test_arguments_that_vllm_does_not_know_or_that_are_decided_elsewhere_are_ref
         VllmEngine(str(parents["a"]), options={"max_model_length": 256})
     with pytest.raises(ValueError, match=r"options.max_num_seqs: .* set engine.batch_size"):
         VllmEngine(str(parents["a"]), options={"max_num_seqs": 4})
+    with pytest.raises(ValueError, match=r"options.quantization: .* round the weights while it loads them: leave"):
+        VllmEngine(str(parents["a"]), options={"quantization": "fp8"})
+
+
+@pytest.mark.parametrize("temperature", [0.005, 3.0])
+def test_a_temperature_that_vllm_does_not_draw_with_is_refused_before_the_load(parents, temperature):
+    from fitness.engines.vllm import VllmEngine
+
+    with pytest.raises(ValueError, match=rf"temperature: vLLM follows 0.01 to 2, got {temperature:g}: .*greedy"):
+        VllmEngine(str(parents["a"]), decoding=Decoding(greedy=False, temperature=temperature))
+
+
+def test_the_temperatures_that_are_let_through_are_those_that_vllm_follows():
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    from fitness.engines.vllm import TEMPERATURES
+
+    low, high = TEMPERATURES
+    assert SamplingParams(temperature=low).temperature == low
+    assert SamplingParams(temperature=low / 2).temperature != low / 2
+    with pytest.raises(VLLMValidationError):
+        SamplingParams(temperature=high + 0.1)
+
+
+def test_arguments_that_are_refused_exist():
+    """Else a version of vLLM has renamed one, and the new name would be let through."""
+    from vllm import EngineArgs
+
+    from fitness.engines.vllm import VllmEngine
+
+    assert VllmEngine.refused.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def test_the_share_that_plans_take_vllm_to_take_is_its_own():

@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 from torch import Tensor
@@ -25,10 +25,25 @@ _OWN = {
     "dtype": "engine.dtype",
     "max_num_seqs": "engine.batch_size",
     "generation_config": "engine.decoding",
+    "override_generation_config": "engine.decoding",
     "worker_extension_cls": None,
     "enable_lora": None,
 }
 """Arguments of vLLM that are decided here -> the key of the config to set instead, where there is one."""
+
+_ROUNDED = "vLLM would round the weights while it loads them"
+_ELSEWHERE = "vLLM would not take the model and its tokenizer as the checkpoint has them"
+_OTHER_DRAWS = "vLLM would draw text in a way that no export knows of"
+_OLD_KEYS = "vLLM would find keys and values of the candidate before where it keeps them"
+_ANOTHER = {
+    **dict.fromkeys(("quantization", "quantization_config"), _ROUNDED),
+    **dict.fromkeys(("hf_overrides", "hf_config_path", "model_weights", "load_format"), _ELSEWHERE),
+    **dict.fromkeys(("model_class_overrides", "tokenizer", "skip_tokenizer_init"), _ELSEWHERE),
+    **dict.fromkeys(("logits_processors", "watermark_config"), _OTHER_DRAWS),
+    **dict.fromkeys(("kv_transfer_config", "kv_offloading_size"), _OLD_KEYS),
+    "enable_eplb": "vLLM would move experts about, and load a candidate's to where they were at first",
+}
+"""Arguments with which another model would be scored than is exported -> why."""
 
 
 UTILIZATION = 0.92
@@ -60,6 +75,9 @@ def _number(options: Mapping[str, Any], name: str) -> float | None:
     return found
 
 
+TEMPERATURES = (0.01, 2.0)
+"""The lowest and the highest that vLLM 0.32 draws with."""
+
 NOT_INVARIANT = (
     "answers are not bit-reproducible: vLLM's kernels were not in batch-invariant mode, so that rounding, and with it "
     "the text, depends on which prompts are decoded together"
@@ -82,13 +100,25 @@ class VllmEngine:
         chat: further arguments of the chat template, such as `enable_thinking`.
         batch_invariant: whether to use kernels whose results do not depend on what is decoded together, where
             vLLM has them (NVIDIA and Intel GPUs); they are slower.
-        options: any arguments of vLLM (max_model_len, tensor_parallel_size, gpu_memory_utilization, ...).
+        options: arguments of vLLM (max_model_len, tensor_parallel_size, gpu_memory_utilization, ...), but for those
+            that change what the weights are or how text is drawn (quantization, hf_overrides, ...).
 
     Raises:
-        ValueError: for options that vLLM does not know or that are decided here, or if nothing names a stop token.
+        ValueError: for options that vLLM does not know or that are refused, for a temperature that vLLM does not
+            follow, or if nothing names a stop token.
     """
 
     capabilities = frozenset({"generate"})
+    refused: ClassVar[Mapping[str, str]] = {
+        **{
+            name: "this argument of vLLM is decided by mergefront" + (f": set {key}" if key else "")
+            for name, key in _OWN.items()
+        },
+        **{
+            name: f"what is scored would not be what is exported, since {why}: leave it out"
+            for name, why in _ANOTHER.items()
+        },
+    }
 
     def __init__(
         self,
@@ -109,7 +139,7 @@ class VllmEngine:
         options = dict(options or {})
         _check(options)
         decoding, generation = decoding or Decoding(), generation_config(checkpoint)
-        self._settings = Settings.of(generation, decoding)
+        self._settings = _followed(Settings.of(generation, decoding))
         self._text = Text(checkpoint, generation, stop=decoding.stop, system=system, chat=chat)
         if current_platform.is_cpu():
             options.setdefault("enforce_eager", True)  # compiling takes half a minute, and gains little
@@ -219,6 +249,17 @@ class VllmEngine:
                     raise
 
 
+def _followed(settings: Settings) -> Settings:
+    """The settings, if vLLM draws as they say: a lower temperature it raises, a higher one it refuses."""
+    low, high = TEMPERATURES
+    if settings.temperature is not None and not low <= settings.temperature <= high:
+        raise ValueError(
+            f"decoding.temperature: vLLM follows {low:g} to {high:g}, got {settings.temperature:g}: set one of those, "
+            "or decoding.greedy to true for the likeliest token"
+        )
+    return settings
+
+
 def _tells_of_nan(error: RuntimeError) -> bool:
     return "NaNs detected in logits" in str(error)
 
@@ -241,9 +282,8 @@ def _check(options: Mapping[str, Any]) -> None:
 
     known = [field.name for field in dataclasses.fields(EngineArgs)]
     for name in options:
-        if name in _OWN:
-            instead = f": set {_OWN[name]}" if _OWN[name] else ""
-            raise ValueError(f"engine.options.{name}: this argument of vLLM is decided by mergefront{instead}")
+        if name in VllmEngine.refused:
+            raise ValueError(f"engine.options.{name}: {VllmEngine.refused[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
