@@ -3,10 +3,12 @@
 import functools
 import inspect
 import pkgutil
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evo.checkpoint import Checkpoint
@@ -41,10 +43,6 @@ def recipe(parents, share, blocks=None):
 
 def export(recipe, parents, folder):
     """A checkpoint of a recipe, written by safetensors from the materializer's stream: no engine involved."""
-    import shutil
-
-    from safetensors.torch import save_file
-
     folder.mkdir()
     for file in parents["a"].iterdir():
         if "safetensors" not in file.name:
@@ -128,6 +126,21 @@ def test_what_is_interrupted_or_fails_leaves_the_engine_usable(kind, parents):
             engine.generate(MANY, max_tokens=12)
         engine.update(good)
         assert engine.generate(MANY, max_tokens=12) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_infinite_logit_is_a_collapsed_merge_even_without_a_nan(kind, tmp_path):
+    folder = make_checkpoint(tmp_path / "a", CONFIGS_OF_ENGINES["llama"](), 3, shard="1GB")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = 100.0
+    weights["lm_head.weight"][7:9, 0] = torch.tensor([3e38, -3e38])  # of either sign, one of the two is +inf
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[1, 3, 7, 8, 4]])).logits
+    assert logits.isposinf().any() and not logits.isnan().any()
+    with running(kind, folder) as engine, pytest.raises(FloatingPointError):
+        engine.generate(PROMPTS, max_tokens=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

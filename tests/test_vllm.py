@@ -3,6 +3,8 @@
 import dataclasses
 import gc
 import os
+import signal
+import time
 from contextlib import closing
 
 import pytest
@@ -85,6 +87,31 @@ def test_two_workers_hold_one_candidate_together(name, tmp_path, monkeypatch):
         assert found[-1] == [reference_ids(folder, prompt, 16)[1] for prompt in PROMPTS]
 
 
+class Dying:
+    """A writer whose second rank is killed in the middle of a merge, while the first has much to do."""
+
+    def __init__(self, slots, *, device):
+        self.rank = torch.distributed.get_rank()
+
+    def feed(self, recipe, load):
+        if self.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            time.sleep(1)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers want a processor each")
+def test_a_worker_that_is_killed_in_an_update_ends_it_with_an_error_that_says_so(parents, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = {**OPTIONS["vllm"]["options"], "tensor_parallel_size": 2}
+    with running("vllm", parents["a"], options=options) as engine:
+        engine.host("tests.test_vllm:Dying")
+        with pytest.raises(RuntimeError, match="a worker process of vLLM has died"):
+            engine.update({})
+        with pytest.raises(RuntimeError, match="a worker process of vLLM has died"):  # whoever asks next
+            engine.generate(PROMPTS, max_tokens=4)
+
+
 def test_a_collapsed_merge_fails_alone_where_batches_are_scheduled_ahead(tmp_path, monkeypatch):
     """As on GPUs: when logits are found to be NaN, the next batch is on its way."""
     from vllm.platforms import current_platform
@@ -142,6 +169,20 @@ def test_arguments_that_vllm_does_not_know_or_that_are_decided_elsewhere_are_ref
         VllmEngine(str(parents["a"]), options={"max_num_seqs": 4})
     with pytest.raises(ValueError, match=r"options.quantization: .* round the weights while it loads them: leave"):
         VllmEngine(str(parents["a"]), options={"quantization": "fp8"})
+
+
+def test_layers_among_workers_are_refused_on_a_cpu_before_the_load(parents):
+    """vLLM would load them, and fail at the first prompt."""
+    from fitness.engines.vllm import VllmEngine
+
+    with pytest.raises(ValueError, match=r"options.pipeline_parallel_size: not on a CPU: use tensor_parallel_size"):
+        VllmEngine(str(parents["a"]), options={"pipeline_parallel_size": 2})
+
+
+def test_a_cache_that_rounds_is_told_to_readers_of_the_scores(parents):
+    options = {**OPTIONS["vllm"]["options"], "kv_cache_dtype": "fp8_e5m2"}
+    with running("vllm", parents["a"], options=options) as engine:
+        assert "keys and values were cached as fp8_e5m2" in engine.caveat and "not bit-reproducible" in engine.caveat
 
 
 @pytest.mark.parametrize("temperature", [0.005, 3.0])

@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
@@ -142,6 +143,8 @@ class VllmEngine:
         self._settings = _followed(Settings.of(generation, decoding))
         self._text = Text(checkpoint, generation, stop=decoding.stop, system=system, chat=chat)
         if current_platform.is_cpu():
+            if (_number(options, "pipeline_parallel_size") or 1) > 1:  # it loads, and fails at the first prompt
+                raise ValueError("engine.options.pipeline_parallel_size: not on a CPU: use tensor_parallel_size")
             options.setdefault("enforce_eager", True)  # compiling takes half a minute, and gains little
             if "attention_config" not in options:  # AMX's kernel for MLA drops weights, so that no others can follow
                 options.setdefault("attention_backend", "CPU_MLA")
@@ -155,7 +158,8 @@ class VllmEngine:
             **{"seed": 0, **options},
         )
         self.batch_size: int | None = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        self.caveat = None if invariant else NOT_INVARIANT
+        self._llm.collective_rpc("watch_logits")
+        self.caveat = _caveat(invariant, options.get("kv_cache_dtype", "auto"), dtype)
 
     def slots(self) -> Mapping[str, Tensor]:
         """See Engine.
@@ -170,13 +174,18 @@ class VllmEngine:
         self._call("host_writer", writer, arguments)
 
     def update(self, recipe: Mapping[str, Any]) -> Any:
-        """See Engine. The report is that of the first rank."""
-        self._abort()
-        try:
-            return self._call("write_recipe", recipe)
-        finally:
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM still holds cached keys and values of the weights before")
+        """See Engine. The report is that of the first rank.
+
+        Raises:
+            RuntimeError: if a worker process has died.
+        """
+        with self._workers():
+            self._abort()
+            try:
+                return self._call("write_recipe", recipe)
+            finally:
+                if not self._llm.reset_prefix_cache():
+                    raise RuntimeError("vLLM still holds cached keys and values of the weights before")
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """What the first rank answers, once all have; raises the first error that one answers with."""
@@ -194,6 +203,7 @@ class VllmEngine:
         Raises:
             ValueError: if no prompt leaves room for max_tokens.
             FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
+            RuntimeError: if a worker process has died.
         """
         encoded, room = rooms(self._text, prompts, max_tokens, self._llm.model_config.max_model_len)
         seeds = seeds or [0] * len(prompts)
@@ -202,7 +212,8 @@ class VllmEngine:
         if asked:
             requests = [{"prompt_token_ids": encoded[prompts[i]]} for i in asked]
             parameters = [self._parameters(room[prompts[i]], seeds[i]) for i in asked]
-            written.update(zip(asked, self._decode(requests, parameters), strict=True))
+            with self._workers():
+                written.update(zip(asked, self._decode(requests, parameters), strict=True))
         return [self._text.completion(written[i], max_tokens) for i in range(len(prompts))]
 
     def _decode(self, requests: list[dict[str, list[int]]], parameters: list[Any]) -> list[list[int]]:
@@ -217,6 +228,19 @@ class VllmEngine:
         finally:
             self._abort()
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    @contextmanager
+    def _workers(self) -> Iterator[None]:
+        """Tell of a worker process that has died, whatever vLLM trips over then: it ends the others within 10 s."""
+        try:
+            yield
+        except Exception as error:
+            if getattr(self._llm.llm_engine.engine_core.engine_core.model_executor, "is_failed", False):
+                raise RuntimeError(
+                    "a worker process of vLLM has died, and the others were ended: it crashed, or was killed, by hand "
+                    "or for want of memory"
+                ) from error
+            raise
 
     def _parameters(self, max_tokens: int, seed: int) -> Any:
         from vllm import SamplingParams
@@ -247,6 +271,11 @@ class VllmEngine:
             except RuntimeError as error:  # where batches are scheduled ahead, the next has the same weights
                 if not _tells_of_nan(error):
                     raise
+
+
+def _caveat(invariant: bool, cached: str, dtype: str) -> str | None:
+    rounded = f"keys and values were cached as {cached}, so that scores are of models that are served with that"
+    return "; ".join([NOT_INVARIANT] * (not invariant) + [rounded] * (cached not in ("auto", dtype))) or None
 
 
 def _followed(settings: Settings) -> Settings:

@@ -47,6 +47,17 @@ class MergeWorker:
 
         return _answer(write)
 
+    def watch_logits(self) -> None:
+        """Make NaN of rows whose largest logit is infinite: NaN is what vLLM looks for."""
+        model = self.model_runner.get_model()
+        compute = model.compute_logits
+
+        def watched(*arguments: Any, **options: Any) -> Tensor | None:
+            logits: Tensor | None = compute(*arguments, **options)  # (B, V); None on ranks that pick no tokens
+            return None if logits is None else logits.add_(0 * logits.amax(dim=-1, keepdim=True))
+
+        model.compute_logits = watched
+
     def clear_cache(self) -> None:
         """Overwrite all cached keys and values: in a masked place a NaN still makes NaN (0 times NaN) of an answer."""
         for cache in self.model_runner.kv_caches:
