@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
@@ -217,6 +218,33 @@ def test_the_text_of_a_special_token_is_a_stop_string_too(kind, llama):
         ids = list(without.token_ids)
         assert list(with_stop.token_ids) == (ids[: ids.index(1) + 1] if 1 in ids else ids)
         assert with_stop.text == without.text.partition(special)[0]
+
+
+def write_words(folder):
+    """Beside a model of the tests, a tokenizer whose words hold the space before them, and whose first one drops it."""
+    words = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "</think>", *(f"▁{c}" for c in "abcdefgh"), *"abcdefgh"]
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    whole.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    whole.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(folder).chat_template
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_counts_as_cut_off_has_all_its_tokens_where_the_first_word_drops_its_space(kind, tmp_path):
+    """A stop string that begins with a space is then in the text of an answer to a prompt, not in that of an answer."""
+    folder = make_checkpoint(tmp_path / "a", CONFIGS_OF_ENGINES["llama"](), 7)
+    write_words(folder)
+    with running(kind, folder) as engine:
+        first = engine.generate(["a b"], max_tokens=1)[0]
+    word = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(first.token_ids[0])
+    assert word.startswith("▁") and word == f"▁{first.text}"
+    with running(kind, folder, decoding=Decoding(stop=(f" {first.text}",))) as engine:
+        for completion in engine.generate(["a b", "c", "d e f g"], max_tokens=20):
+            assert completion.n_tokens == len(completion.token_ids)
+            assert completion.finish is (Finish.LENGTH if completion.n_tokens == 20 else Finish.STOP)
+            assert f" {first.text}" not in completion.text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fitness.engines.sampling import Settings
 from fitness.engines.text import Text, generation_config, rooms
-from fitness.types import Completion, Decoding
+from fitness.types import Completion, Decoding, Finish
 
 _OWN = {
     "model": "parents",
@@ -208,15 +208,24 @@ class VllmEngine:
         encoded, room = rooms(self._text, prompts, max_tokens, self._llm.model_config.max_model_len)
         seeds = seeds or [0] * len(prompts)
         asked = [i for i, prompt in enumerate(prompts) if room[prompt] > 0]
-        written: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+        found = [self._text.completion([], max_tokens)] * len(prompts)
         if asked:
             requests = [{"prompt_token_ids": encoded[prompts[i]]} for i in asked]
             parameters = [self._parameters(room[prompts[i]], seeds[i]) for i in asked]
             with self._workers():
-                written.update(zip(asked, self._decode(requests, parameters), strict=True))
-        return [self._text.completion(written[i], max_tokens) for i in range(len(prompts))]
+                written = self._decode(requests, parameters)
+            for i, output in zip(asked, written, strict=True):
+                found[i] = self._completion(output, max_tokens)
+        return found
 
-    def _decode(self, requests: list[dict[str, list[int]]], parameters: list[Any]) -> list[list[int]]:
+    def _completion(self, output: Any, max_tokens: int) -> Completion:
+        """What vLLM wrote. Tokenizers may drop the space before a text, where vLLM finds a stop string that has one."""
+        found = self._text.completion(list(output.token_ids), max_tokens)
+        if output.finish_reason == "stop" and found.finish is not Finish.STOP:
+            return dataclasses.replace(found, text=output.text, n_tokens=len(output.token_ids), finish=Finish.STOP)
+        return found
+
+    def _decode(self, requests: list[dict[str, list[int]]], parameters: list[Any]) -> list[Any]:
         try:
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         except RuntimeError as error:
@@ -227,7 +236,7 @@ class VllmEngine:
             raise
         finally:
             self._abort()
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return [output.outputs[0] for output in outputs]
 
     @contextmanager
     def _workers(self) -> Iterator[None]:
