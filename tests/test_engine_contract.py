@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import chi2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -154,6 +155,28 @@ def test_draws_are_the_same_in_any_batch_and_differ_between_seeds(kind, llama):
             texts.append(engine.generate(MANY[::order], max_tokens=12, seeds=seeds[::order])[::order])
             other = engine.generate(MANY, max_tokens=12, seeds=[s - 100 for s in seeds])
     assert texts[0] == texts[1] != other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_have_the_probabilities_that_transformers_gives_tokens(kind, llama):
+    decoding = Decoding(greedy=False, temperature=1.4, top_k=10, top_p=0.85, repetition_penalty=1.3)
+    n, prompt, tokenizer = 2000, "12+345", AutoTokenizer.from_pretrained(llama)
+    message = [{"role": "user", "content": prompt}]
+    asked = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    cuts = {"temperature": 1.4, "top_k": 10, "top_p": 0.85, "repetition_penalty": 1.3, "do_sample": True}
+    with torch.inference_mode():
+        out = model.generate(
+            asked, **cuts, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, pad_token_id=0
+        )
+    expected = n * out.scores[0][0].double().softmax(0).numpy()
+    with running(kind, llama, batch_size=64, decoding=decoding) as engine:
+        seeds = np.random.default_rng(0).integers(2**63, size=n).tolist()
+        drawn = [c.token_ids[0] for c in engine.generate([prompt] * n, max_tokens=1, seeds=seeds)]
+    observed, kept = np.bincount(drawn, minlength=len(expected)), expected > 0
+    assert 4 < kept.sum() < 10 and not observed[~kept].any()
+    chi_square = ((observed - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi_square < chi2.isf(1e-4, kept.sum() - 1)
 
 
 def test_capabilities_are_declared():

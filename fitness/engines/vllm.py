@@ -89,7 +89,8 @@ class VllmEngine:
     """See fitness.types.Engine.
 
     Sampled answers have a seed of their own, so a candidate meets the same random numbers as every other, in any
-    batch. They are vLLM's numbers, not those of the engine "transformers": the two draw different samples.
+    batch. They are vLLM's numbers, not those of the engine "transformers": the two draw different samples, of the same
+    probabilities, but where both top_p and min_p are set: vLLM cuts by min_p first, transformers last.
 
     Args:
         checkpoint: folder whose config, tokenizer, chat template and generation config are used (the
