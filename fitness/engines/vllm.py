@@ -172,7 +172,8 @@ class VllmEngine:
 
     def host(self, writer: str, **arguments: Any) -> None:
         """See Engine."""
-        self._call("host_writer", writer, arguments)
+        with self._workers():
+            self._call("host_writer", writer, arguments)
 
     def update(self, recipe: Mapping[str, Any]) -> Any:
         """See Engine. The report is that of the first rank.
