@@ -128,7 +128,7 @@ class EngineConfig(Component):
     max_tokens: int = Field(1024, ge=1)
     """Longest answer; a longer one is cut off and counts as wrong."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads; default all."""
+    """CPU threads; default all. With another number attention in float32 is rounded otherwise."""
 
 
 class OptimizerConfig(Component):

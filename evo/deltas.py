@@ -19,10 +19,10 @@ from torch.nn.functional import pad
 
 from evo.encodings import EncodingError, cut_units
 from evo.encodings.low_rank import MAX_RANK, LowRankSum, fixed_point
+from evo.heap import GivingBack
 from evo.merge.blocks import Block, Operand, Region, blocks
 from evo.merge.kernels import symbol_of
 from evo.merge.tape import Symbol, Tape, Untraceable
-from evo.weights import GivingBack
 
 EXACT = "exact"
 BLOCK = 128

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from evo.heap import GivingBack
 from evo.job import Job
 from evo.merge import Stats
 from evo.merge.blocks import Operand
-from evo.weights import GivingBack
 from search_spaces.layout import Part
 
 GIVE_BACK_BYTES = 64 << 20

@@ -7,7 +7,6 @@ wait for at the end.
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from evo.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from evo.heap import GivingBack
 from evo.merge.kernels import Fused
 from evo.safetensors_writer import SafetensorsWriter
 
@@ -31,8 +31,6 @@ SYNC_BYTES = 32 << 20
 """How much is written before the disk is asked to take it."""
 TRIM_BYTES = 256 << 20
 """How much is made before memory is given back: every page of it costs as much again when it is next used."""
-
-_LIBC = ctypes.CDLL(None)
 
 Stretch = Tensor | Fused
 """Consecutive elements of a tensor, or the loop that makes them."""
@@ -157,31 +155,3 @@ class _Files:
         if names != {SINGLE_FILE}:
             index = {"metadata": {"total_size": self._n_bytes}, "weight_map": self._weight_map}
             (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
-
-
-class GivingBack:
-    """Gives memory back whenever so much has been looked at: what is kept of it lies between temporaries that are
-    freed, and the heap would go on growing.
-
-    Args:
-        every: so many bytes.
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every, self._n_bytes = every, 0
-
-    def looked_at(self, n_bytes: int) -> None:
-        """Tell that so many more have been."""
-        self._n_bytes += n_bytes
-        if self._n_bytes >= self._every:
-            give_back_memory()
-            self._n_bytes = 0
-
-
-def give_back_memory() -> None:
-    """What has been freed goes back to the system, where the C library is glibc: its heap would go on growing as
-    temporaries of many sizes come and go.
-    """
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from evo import materializer as materializer_module
 from evo.checkpoint import Checkpoint
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
@@ -126,7 +125,7 @@ def test_chunks_do_not_change_a_bit(moe_parents, monkeypatch):
     recipe = random_recipe(moe_parents, "task_arithmetic", seed=3)
     checkpoints = {n: Checkpoint.open(p) for n, p in moe_parents.items()}
     whole = dict(Materializer(checkpoints).stream(recipe))
-    monkeypatch.setattr(materializer_module, "CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr("evo.merging.CHUNK_ELEMENTS", 7)
     assert all(torch.equal(whole[n], t) for n, t in Materializer(checkpoints).stream(recipe))
 
 
@@ -134,7 +133,7 @@ def test_chunks_do_not_change_a_bit(moe_parents, monkeypatch):
 def test_memory_is_given_back_while_whole_parts_are_looked_at(moe_parents, method, measures, monkeypatch):
     """And not for a second candidate, of which all is known."""
     returned = []
-    monkeypatch.setattr("evo.measured.give_back_memory", lambda: returned.append(1))
+    monkeypatch.setattr("evo.heap.give_back_memory", lambda: returned.append(1))
     monkeypatch.setattr("evo.measured.GIVE_BACK_BYTES", 40_000)
     checkpoints = {name: Checkpoint.open(path) for name, path in moe_parents.items()}
     slots = {name: torch.empty(entry.shape) for name, entry in checkpoints["a"].scored.items()}
