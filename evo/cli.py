@@ -1,6 +1,6 @@
 """The command `mergefront`: a thin layer over evo.search.Search.
 
-Heavy libraries are imported inside the commands, so that --help and status answer at once.
+Heavy libraries are imported inside the commands, so that --help, status and front answer at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,19 +118,24 @@ def front(
     The front is chosen on the search split. Held-out scores are shown beside it and never selected on.
     """
     with _readable_errors(debug):
-        from evo.search import Search
+        from evo.history import History
+        from evo.ledger import Ledger
         from evo.terminal import print_front, watching
         from fitness.types import Split
 
-        search = Search.open(run_dir)
-        found = search.front()
+        with closing(Ledger.open(run_dir, read_only=True)) as ledger:
+            history = History(ledger)
+        found = history.front
         if held_out and found.unscored():
+            from evo.search import Search
+
+            search = Search.open(run_dir)
             with watching(search, quiet=as_json) as watch:
                 found = search.score_held_out(watch)
         if as_json:
             typer.echo(json.dumps(found.to_dict(Split.HELD_OUT if held_out else Split.SEARCH), indent=2))
         else:
-            print_front(found, search.config.objectives, held_out=held_out)
+            print_front(found, history.objectives, held_out=held_out)
 
 
 @app.command()

@@ -23,7 +23,7 @@ class History:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._objectives = tuple(ledger.meta("config")["objectives"])
+        self.objectives: tuple[str, ...] = tuple(ledger.meta("config")["objectives"])
         self.entries: dict[Split, dict[int, Entry]] = {  # before the asks, which a live run may add to meanwhile
             split: {entry.candidate_id: entry for entry in ledger.entries(split)} for split in Split
         }
@@ -57,7 +57,7 @@ class History:
             return entry
         self._count(entry)
         for row in self._rows([entry]):  # none, if it gave no scores
-            self.front = extended(self.front, row, self._objectives)
+            self.front = extended(self.front, row, self.objectives)
         return entry
 
     def append_later(self, evaluation: Evaluation, how: str) -> Entry:
@@ -123,7 +123,7 @@ class History:
         return max((self.spent[key] / limit for key, limit in limits.items() if not of or key in of), default=0.0)
 
     def _whole_front(self) -> Front:
-        return front_of(self._rows(map(self.latest, self.entries[Split.SEARCH])), self._objectives)
+        return front_of(self._rows(map(self.latest, self.entries[Split.SEARCH])), self.objectives)
 
     def _rows(self, entries: Iterable[Entry]) -> list[Row]:
         return rows_of(entries, self.asks, self.entries[Split.HELD_OUT])

@@ -209,13 +209,13 @@ def test_a_bad_config_is_told_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_status_answers_at_once(session):
-    """Without what takes a second or more to import."""
+@pytest.mark.parametrize("command", ["status", "front"])
+def test_a_look_at_a_run_imports_nothing_that_takes_a_second(session, command):
     run, _ = session
-    code = "import sys; from evo.cli import app; app(['status', sys.argv[1]], standalone_mode=False); "
+    code = "import sys; from evo.cli import app; app(sys.argv[1:], standalone_mode=False); "
     code += "print([name for name in ('torch', 'transformers', 'mlflow', 'optuna') if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]" and "finished" in result.stdout
+    result = subprocess.run([sys.executable, "-c", code, command, run], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]" and "hypervolume" in result.stdout
 
 
 @pytest.mark.parametrize(
