@@ -43,3 +43,10 @@ def test_scale_of_parents_is_the_stated_box():
 
 def test_knee_is_nearest_to_the_ideal():
     assert knee([[0.0, 1.0], [0.3, 0.3], [1.0, 0.0]], UNIT) == 1
+    assert knee([[0.4, 0.3], [0.3, 0.4], [0.3, 0.4]], UNIT) == 1  # of equals the lower first loss, then the first
+
+
+def test_a_box_that_does_not_start_at_zero():
+    scale = Scale(np.array([0.25, 10.0]), np.array([1.25, 50.0]))
+    assert scale([0.5, 30.0]).tolist() == [0.25, 0.5]
+    assert scale.hypervolume([[0.5, 30.0]]) == pytest.approx(0.75 * 0.5)
