@@ -16,7 +16,7 @@ _SAME_WHERE_GIVEN = (
 """Keys of config.json that say what weights of the same shapes mean."""
 _CONVERT = (
     "To convert one: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16').save_pretrained(NEW_PATH), "
-    "with the dtype of the others; or merge into one: `dtype: bfloat16`, say, in a recipe or mergekit's YAML."
+    "with the dtype of the others. (`mergefront merge` takes several, if its file says `dtype: bfloat16`, say.)"
 )
 _TOLD = (
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings",

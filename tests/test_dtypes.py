@@ -142,7 +142,7 @@ def test_an_adapter_follows_its_base(tmp_path):
 
 class TestRefused:
     def test_parents_of_several_dtypes_without_one(self, merged):
-        with pytest.raises(CheckpointError, match="or merge into one: `dtype: bfloat16`, say, in a recipe"):
+        with pytest.raises(CheckpointError, match="takes several, if its file says `dtype: bfloat16`"):
             merged(recipe_of(["bfloat16", "float16"], []))
 
     @pytest.mark.parametrize("rules", [[], [{"method": "linear", "coefficients": {"large": 0.5}}]])
