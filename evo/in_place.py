@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -32,38 +32,36 @@ def beside(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.mergefront-"
-    with ExitStack() as ours:
-        with _locked(out.parent, wait=True):  # until ours is locked, another would take it for one that is left behind
-            for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-                with suppress(FileNotFoundError), _locked(left) as is_nobodys:
-                    if is_nobodys:
-                        shutil.rmtree(left, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-            ours.callback(shutil.rmtree, folder, ignore_errors=True)
-            ours.enter_context(_locked(folder))
-        yield folder
-        folder.chmod(0o755)
-        for file in folder.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        if out.is_dir() and replace:
-            _replace(out, folder)
-        else:
-            folder.rename(out)  # onto nothing, or onto an empty folder
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(FileNotFoundError), _locked(left) as is_nobodys:
+            if is_nobodys:
+                shutil.rmtree(left, ignore_errors=True)
+    begun = Path(tempfile.mkdtemp(prefix=f".{out.name}.begun-", dir=out.parent))
+    folder = begun.with_name(begun.name.replace(f".{out.name}.begun-", prefix))
+    try:
+        with _locked(begun):
+            begun.rename(folder)  # only now: under that name, not locked, another would take it for one left behind
+            yield folder
+            folder.chmod(0o755)
+            for file in folder.iterdir():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+            if out.is_dir() and replace:
+                _replace(out, folder)
+            else:
+                folder.rename(out)  # onto nothing, or onto an empty folder
+    finally:
+        for ours in (begun, folder):
+            shutil.rmtree(ours, ignore_errors=True)
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether nobody else has locked a folder. The lock ends with the block, or with the process.
-
-    Args:
-        folder: which.
-        wait: until nobody has.
-    """
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether nobody else has locked a folder. The lock ends with the block, or with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_nobodys = True
         except OSError:  # somebody has, or the disk knows no locks
             is_nobodys = False

@@ -1,6 +1,8 @@
 """What is written: a folder whole or not at all, and all that belongs beside the weights."""
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +71,16 @@ def test_who_begins_at_the_same_time_takes_no_folder_for_one_that_is_left_behind
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(write, range(600)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_of_another_program_on_the_folder_around_is_not_waited_for(tmp_path):
+    """flock on it is anyone's, and who waits for it says nothing."""
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    code = "import sys; from pathlib import Path; from evo.in_place import beside\nwith beside(Path(sys.argv[1])): pass"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=True, timeout=60)
+    os.close(holder)
+    assert (tmp_path / "out").is_dir()
 
 
 @pytest.mark.parametrize("named", [True, False])
