@@ -57,19 +57,22 @@ def _plain(checkpoint: Checkpoint) -> Iterator[tuple[str, Plain]]:
 
 
 def _usual_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype that most plain tensors have, as safetensors writes it; None if there are none."""
-    found = Counter(inner.dtype for _, inner in _plain(checkpoint))
+    """The dtype that most plain tensors of floats have, as safetensors writes it; None if there are none."""
+    found = Counter(inner.dtype for _, inner in _plain(checkpoint) if inner.is_float)
     return found.most_common(1)[0][0] if found else None
 
 
 def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that says so, in all its sections.
+    """A config.json that says so: at its top, and in those of its sections that say any.
 
     Args:
         config: of the parent.
         dtype: one of NAMES.
     """
-    return {
-        key: dtype if key in _KEYS and value in NAMES else config_in(value, dtype) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
+    said = _section_in(config, dtype)
+    return said if any(said.get(key) for key in _KEYS) else {**said, "dtype": dtype}
+
+
+def _section_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    said = {key: _section_in(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return said | {key: dtype for key in _KEYS if str(said.get(key)).removeprefix("torch.") in NAMES}

@@ -208,9 +208,12 @@ def _check_room(interface: Checkpoint, out: Path) -> None:
 def _copy_interface(interface: Checkpoint, dtype: str | None, folder: Path) -> None:
     for path in interface.companions():
         shutil.copyfile(path, folder / path.name)
-    if any(entry.encoding != entry.encoding.output for entry in interface.entries.values()):
-        config = {key: value for key, value in interface.config().items() if key != "quantization_config"}
-        (folder / "config.json").write_text(json.dumps(config_in(config, dtype) if dtype else config, indent=2))
+    config = interface.config()
+    said = config_in(config, dtype) if dtype else dict(config)
+    if any(type(entry.encoding) is not type(entry.encoding.output) for entry in interface.entries.values()):
+        said.pop("quantization_config", None)  # of what is written as plain numbers
+    if said != config:
+        (folder / "config.json").write_text(json.dumps(said, indent=2))
 
 
 def _check_unchanged(config: Config, recorded: dict[str, Any]) -> None:

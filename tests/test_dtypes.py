@@ -1,11 +1,12 @@
 """Merges stored in another dtype than their parents, and merges of parents that are stored in several."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evo.checkpoint import CheckpointError
@@ -102,6 +103,54 @@ def test_copies_are_converted_and_plain_transformers_loads_them(folder, merged, 
 def test_what_is_stored_so_already_stays_as_it_is(folder, merged):
     found = merged(recipe_of(["float16"], [], dtype="float16"))
     assert all(torch.equal(found[name], value) for name, value in files_of(folder / "float16").items())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, {"dtype": "float16"}),
+        ({"dtype": None}, {"dtype": "float16"}),
+        ({"dtype": "bfloat16"}, {"dtype": "float16"}),
+        ({"torch_dtype": "torch.float32"}, {"torch_dtype": "float16"}),
+        ({"text_config": {"dtype": "bfloat16"}}, {"text_config": {"dtype": "float16"}, "dtype": "float16"}),
+        ({"dtype": {"text_config": "bfloat16"}}, {"dtype": {"text_config": "bfloat16"}}),
+    ],
+)
+def test_config_json_says_the_dtype_that_is_asked_for(folder, merged, tmp_path, said, expected):
+    """Whatever it said of the same numbers before, or did not."""
+    config = json.loads((folder / "float16" / "config.json").read_text())
+    del config["dtype"]
+    shutil.copytree(folder / "float16", tmp_path / "parent")
+    (tmp_path / "parent" / "config.json").write_text(json.dumps({**config, **said}))
+    merged({**recipe_of(["parent"], [], dtype="float16"), "sources": {"parent": {"path": str(tmp_path / "parent")}}})
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**config, **expected}
+
+
+def test_whole_numbers_do_not_count(folder, merged, tmp_path):
+    """A tower for images may have more of them than a small model has of floats."""
+    parent = shutil.copytree(folder / "bfloat16", tmp_path / "parent")
+    index = json.loads((parent / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {f"visual.{i}.position_ids": "ids.safetensors" for i in range(400)}
+    (parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({f"visual.{i}.position_ids": torch.arange(i) for i in range(400)}, parent / "ids.safetensors")
+    found = merged({**recipe_of(["parent"], [], dtype="float16"), "sources": {"parent": {"path": str(parent)}}})
+    assert found["lm_head.weight"].dtype == torch.float16
+    assert torch.equal(found["visual.7.position_ids"], torch.arange(7))
+
+
+def test_what_stays_quantised_is_said_to_be(folder, merged, tmp_path):
+    """Though biases get the dtype that they have in another parent."""
+    parent = shutil.copytree(folder / "bfloat16", tmp_path / "parent")
+    for file in parent.glob("*.safetensors"):
+        tensors = {name: t.bfloat16() for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    sources = {"a": {"path": str(to_fp8(parent, tmp_path / "a"))}}
+    sources["b"] = {"path": str(to_fp8(folder / "bfloat16", tmp_path / "b"))}
+    rules = [{"method": "linear", "coefficients": {"b": 0.5}}]
+    found = merged({**recipe_of("ab", rules, dtype="bfloat16"), "sources": sources})
+    assert {t.dtype for name, t in found.items() if name.endswith(BIAS)} == {torch.float32}
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "a", tmp_path / "out"))
+    assert after == before and "quantization_config" in after
 
 
 def test_an_exports_recipe_has_the_same_bits(folder, merged, tmp_path):
