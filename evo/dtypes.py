@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -57,8 +58,13 @@ def _plain(checkpoint: Checkpoint) -> Iterator[tuple[str, Plain]]:
 
 
 def _usual_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype that most plain tensors of floats have, as safetensors writes it; None if there are none."""
-    found = Counter(inner.dtype for _, inner in _plain(checkpoint) if inner.is_float)
+    """The dtype that most numbers have, as safetensors writes it; None if all are quantised. Tensors are no measure: a
+    tower for images may have more of them than the model that reads.
+    """
+    found: Counter[str] = Counter()
+    for name, inner in _plain(checkpoint):
+        if inner.is_float:
+            found[inner.dtype] += math.prod(checkpoint.entries[name].shape)
     return found.most_common(1)[0][0] if found else None
 
 

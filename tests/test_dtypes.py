@@ -126,16 +126,18 @@ def test_config_json_says_the_dtype_that_is_asked_for(folder, merged, tmp_path, 
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**config, **expected}
 
 
-def test_whole_numbers_do_not_count(folder, merged, tmp_path):
-    """A tower for images may have more of them than a small model has of floats."""
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_what_is_usual_is_what_most_numbers_have(folder, merged, tmp_path, dtype):
+    """Not most tensors: a tower for images may have more of them than a small model."""
+    tower = {f"visual.{i}.weight": torch.arange(i, dtype=dtype) for i in range(400)}
     parent = shutil.copytree(folder / "bfloat16", tmp_path / "parent")
     index = json.loads((parent / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= {f"visual.{i}.position_ids": "ids.safetensors" for i in range(400)}
+    index["weight_map"] |= dict.fromkeys(tower, "tower.safetensors")
     (parent / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({f"visual.{i}.position_ids": torch.arange(i) for i in range(400)}, parent / "ids.safetensors")
+    save_file(tower, parent / "tower.safetensors")
     found = merged({**recipe_of(["parent"], [], dtype="float16"), "sources": {"parent": {"path": str(parent)}}})
     assert found["lm_head.weight"].dtype == torch.float16
-    assert torch.equal(found["visual.7.position_ids"], torch.arange(7))
+    assert all(found[name].dtype == dtype and torch.equal(found[name], tensor) for name, tensor in tower.items())
 
 
 def test_what_stays_quantised_is_said_to_be(folder, merged, tmp_path):
