@@ -1,8 +1,8 @@
 """Exact accounting: how each tensor of a merged checkpoint came about, and the hash of its bytes.
 
 What no rule selects is passed through, a copy of the base; what a rule gives to one parent alone is copied, bit
-for bit (or as what its bits stand for, where those cannot be written: MXFP4, LoRA); what text does not use is the
-interface parent's; everything else is merged. Written into an export as accounting.json.
+for bit (or as what its bits stand for, where those cannot be written, MXFP4 and LoRA, or a recipe has another dtype);
+what text does not use is the interface parent's; everything else is merged. Written into an export as accounting.json.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ Tokenizer, chat template, stop tokens and generation config: **{recipe.interface
 
 ## Recipe
 
-Parts that no rule names are copied from **{recipe.base}**.
+Parts that no rule names are copied from **{recipe.base}**.{f" Stored as {recipe.dtype}." if recipe.dtype else ""}
 
 {_rules(recipe)}
 

@@ -40,7 +40,7 @@ def store_as(checkpoints: Collection[Checkpoint], dtype: str) -> None:
         if of_most != NAMES[dtype] and (odd := [e for name, e in checkpoint.entries.items() if name not in plain]):
             raise CheckpointError(
                 f"{checkpoint.path}: {odd[0].name} is stored as {odd[0].encoding}, and a merge as "
-                f"{odd[0].encoding.output}: expected no dtype, got {dtype}"
+                f"{odd[0].encoding.output}: expected no dtype, or that of its other tensors ({of_most}), got {dtype}"
             )
         for name, inner in plain.items():
             if inner.is_float and inner.dtype != (wanted := own.get(name, NAMES[dtype])):

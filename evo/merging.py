@@ -116,7 +116,8 @@ class Merger:
             if found := find_flaw(piece, numbers):
                 raise CheckpointError(
                     f"{part.tensor}: the merge of finite numbers holds {found}: it leaves the range of its dtype, "
-                    "or of float32 on the way. Expected smaller coefficients, or sources with smaller numbers."
+                    "or of float32 on the way. Expected smaller coefficients, sources with smaller numbers, or, in a "
+                    "recipe, a dtype with a wider range."
                 )
 
         if isinstance(merged, Fused):
@@ -207,7 +208,8 @@ def as_output(stored: Stored, tensor: str) -> Stored:
     made = stored.as_output(CHUNK_ELEMENTS)
     if made is not stored and any(map(find_flaw, made.encoding.suffixes, made.pieces)):
         raise CheckpointError(
-            f"{tensor}: a number of it leaves the range of {made.encoding}. Expected a dtype with a wider one, or none."
+            f"{tensor}: a number of it leaves the range of {made.encoding}. "
+            "Expected a dtype with a wider range, or none."
         )
     return made
 

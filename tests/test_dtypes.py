@@ -162,6 +162,7 @@ def test_an_exports_recipe_has_the_same_bits(folder, merged, tmp_path):
     again = files_of(tmp_path / "again")
     assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
     assert Recipe.from_yaml((tmp_path / "again" / "recipe.yaml").read_text()).dtype == "bfloat16"
+    assert "Stored as bfloat16." in (tmp_path / "again" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("keys", [{"dtype": "float16"}, {"dtype": "float32", "out_dtype": "torch.float16"}])
@@ -211,7 +212,7 @@ class TestRefused:
 
     def test_what_is_quantised(self, folder, merged):
         to_fp8(folder / "bfloat16", folder / "fp8")
-        with pytest.raises(CheckpointError, match=r"is stored as F8_E4M3 .*expected no dtype, got float32"):
+        with pytest.raises(CheckpointError, match=r"is stored as F8_E4M3 .*no dtype, or .* \(BF16\), got float32"):
             merged(recipe_of(["fp8"], [], dtype="float32"))
         assert merged(recipe_of(["fp8"], [], dtype="bfloat16"))  # as its other tensors are anyway
 
