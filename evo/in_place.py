@@ -71,11 +71,16 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _replace(out: Path, folder: Path) -> None:
+    """Move a folder to where another is. What was there gets its name: whoever is killed removing it, leaves it to the
+    next.
+    """
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
     try:
         out.rename(old / "was")
         folder.rename(out)
+        old.rename(folder)
     finally:  # also if it is interrupted between the two
         if not out.exists():
-            (old / "was").rename(out)
+            with suppress(FileNotFoundError):  # another is replacing it, too, and has it
+                (old / "was").rename(out)
         shutil.rmtree(old, ignore_errors=True)

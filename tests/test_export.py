@@ -62,6 +62,19 @@ def test_what_kill_9_leaves_behind_is_removed_by_the_next(tmp_path):
     jobs[1].wait()
 
 
+def test_what_is_replaced_goes_away_though_its_removal_is_killed(tmp_path):
+    code = "import os, sys; from pathlib import Path; from evo.in_place import beside\n"
+    code += "with beside(Path(sys.argv[1]), replace=True) as folder:\n (folder / 'new').touch()\n"
+    code += " sys.addaudithook(lambda event, _: event == 'shutil.rmtree' and os.kill(os.getpid(), 9))"
+    (out := tmp_path / "out").mkdir()
+    (out / "old").touch()
+    assert subprocess.run([sys.executable, "-c", code, out]).returncode == -9
+    assert [file.name for file in out.iterdir()] == ["new"]
+    with beside(out, replace=True):
+        pass
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_who_begins_at_the_same_time_takes_no_folder_for_one_that_is_left_behind(tmp_path):
     def write(_):
         with suppress(ZeroDivisionError), beside(tmp_path / "out") as folder:
