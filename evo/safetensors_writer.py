@@ -41,8 +41,12 @@ class SafetensorsWriter:
         self._start = 8 + len(text)
         self._missing = {name: end - start for name, (start, end) in self._places.items()}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text), 0)
-        os.posix_fallocate(self._file, 0, self._start + end)  # a full disk is noticed now
+        try:
+            _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text), 0)
+            os.posix_fallocate(self._file, 0, self._start + end)  # a full disk is noticed now
+        except OSError:
+            os.close(self._file)  # nobody else will, and an open file takes its room though it is removed
+            raise
 
     def write(self, name: str, numbers: Tensor, at: int = 0) -> None:
         """Write consecutive elements of a tensor, from byte `at` of it on; each once."""

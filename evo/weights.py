@@ -145,8 +145,8 @@ class _Files:
     def close(self) -> None:
         """Close all files."""
         self._syncing.shutdown()
-        self._synced.result()
         self._complete = [writer.close() for writer in self._writers.values()]
+        self._synced.result()
 
     def write_index(self) -> None:
         """Write the index, where there are several files."""

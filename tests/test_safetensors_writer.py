@@ -1,5 +1,7 @@
 """The same bytes as safetensors' own writer, whatever the order."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -34,6 +36,14 @@ def test_bytes_of_the_library(order, tmp_path):
         writer.write(name, TENSORS[name])
     assert writer.close()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_file_that_does_not_fit_is_closed(tmp_path):
+    """Open, it would take up its part of a full disk as long as the process lives."""
+    with pytest.raises(OSError, match=r"large|space"):
+        SafetensorsWriter(tmp_path / "ours", {"a": TensorHeader("F32", (1 << 58,))})
+    descriptors = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert tmp_path / "ours" not in [link.readlink() for link in descriptors]
 
 
 def test_an_incomplete_file_is_told(tmp_path):
