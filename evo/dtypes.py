@@ -58,12 +58,12 @@ def _plain(checkpoint: Checkpoint) -> Iterator[tuple[str, Plain]]:
 
 
 def _usual_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype that most numbers have, as safetensors writes it; None if all are quantised. Tensors are no measure: a
-    tower for images may have more of them than the model that reads.
+    """The dtype of most numbers that generate text, as safetensors writes it; None if all are quantised. Tensors are no
+    measure: norms and biases may be more than weights, and a tower for images more than both.
     """
     found: Counter[str] = Counter()
     for name, inner in _plain(checkpoint):
-        if inner.is_float:
+        if name in checkpoint.scored:
             found[inner.dtype] += math.prod(checkpoint.entries[name].shape)
     return found.most_common(1)[0][0] if found else None
 

@@ -127,16 +127,19 @@ def test_config_json_says_the_dtype_that_is_asked_for(folder, merged, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_what_is_usual_is_what_most_numbers_have(folder, merged, tmp_path, dtype):
-    """Not most tensors: a tower for images may have more of them than a small model."""
-    tower = {f"visual.{i}.weight": torch.arange(i, dtype=dtype) for i in range(400)}
+def test_what_is_usual_is_what_most_numbers_have_that_generate_text(folder, merged, tmp_path, dtype):
+    """Not most tensors, nor those of a tower for images, of which this one has more than the model."""
     parent = shutil.copytree(folder / "bfloat16", tmp_path / "parent")
+    for file in parent.glob("*.safetensors"):
+        tensors = {name: t.float() if t.dim() == 1 else t for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    tower = {f"visual.{i}.weight": torch.arange(2000 + i, dtype=dtype) for i in range(400)}
+    save_file(tower, parent / "tower.safetensors")
     index = json.loads((parent / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(tower, "tower.safetensors")
     (parent / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file(tower, parent / "tower.safetensors")
     found = merged({**recipe_of(["parent"], [], dtype="float16"), "sources": {"parent": {"path": str(parent)}}})
-    assert found["lm_head.weight"].dtype == torch.float16
+    assert found["lm_head.weight"].dtype == torch.float16 and found["model.norm.weight"].dtype == torch.float32
     assert all(found[name].dtype == dtype and torch.equal(found[name], tensor) for name, tensor in tower.items())
 
 
