@@ -31,12 +31,15 @@ def store_as(checkpoints: Collection[Checkpoint], dtype: str) -> None:
         CheckpointError: if one is quantised, and its other tensors are not in that dtype.
     """
     usual = [_usual_dtype(checkpoint) for checkpoint in checkpoints]
-    own: dict[str, str] = {}
-    for checkpoint, of_most in zip(checkpoints, usual, strict=True):
-        found = {name: inner.dtype for name, inner in _plain(checkpoint) if inner.is_float and inner.dtype != of_most}
-        own = {**found, **own}
-    for checkpoint, of_most in zip(checkpoints, usual, strict=True):
-        plain = dict(_plain(checkpoint))
+    apart = [
+        {name: inner.dtype for name, inner in _plain(checkpoint) if inner.is_float and inner.dtype != of_most}
+        for checkpoint, of_most in zip(checkpoints, usual, strict=True)
+    ]
+    merged: dict[str, str] = {}  # not what is copied from one of them, whatever others have
+    for checkpoint, found in zip(checkpoints, apart, strict=True):
+        merged = {**{name: found[name] for name in found if name in checkpoint.scored}, **merged}
+    for checkpoint, of_most, found in zip(checkpoints, usual, apart, strict=True):
+        plain, own = dict(_plain(checkpoint)), {**found, **merged}
         if of_most != NAMES[dtype] and (odd := [e for name, e in checkpoint.entries.items() if name not in plain]):
             raise CheckpointError(
                 f"{checkpoint.path}: {odd[0].name} is stored as {odd[0].encoding}, and a merge as "

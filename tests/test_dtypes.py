@@ -49,6 +49,14 @@ def recipe_of(names, rules, **further):
     return {"version": 1, "sources": sources, "base": names[0], "interface": names[0], "rules": rules, **further}
 
 
+def add(parent, tensors):
+    """Write tensors into a checkpoint, in a shard of their own."""
+    save_file(tensors, parent / "more.safetensors")
+    index = json.loads((parent / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "more.safetensors")
+    (parent / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def rounded(values, dtype):
     """Each number to the nearest of a dtype, but for biases, which stay float32."""
     return {name: value if name.endswith(BIAS) else value.to(dtype) for name, value in values.items()}
@@ -134,13 +142,19 @@ def test_what_is_usual_is_what_most_numbers_have_that_generate_text(folder, merg
         tensors = {name: t.float() if t.dim() == 1 else t for name, t in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
     tower = {f"visual.{i}.weight": torch.arange(2000 + i, dtype=dtype) for i in range(400)}
-    save_file(tower, parent / "tower.safetensors")
-    index = json.loads((parent / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= dict.fromkeys(tower, "tower.safetensors")
-    (parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    add(parent, tower)
     found = merged({**recipe_of(["parent"], [], dtype="float16"), "sources": {"parent": {"path": str(parent)}}})
     assert found["lm_head.weight"].dtype == torch.float16 and found["model.norm.weight"].dtype == torch.float32
     assert all(found[name].dtype == dtype and torch.equal(found[name], tensor) for name, tensor in tower.items())
+
+
+def test_what_is_copied_from_one_parent_is_not_stored_as_in_another(folder, merged, tmp_path):
+    sources = {}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float32)):
+        sources[name] = {"path": str(shutil.copytree(folder / name, tmp_path / name))}
+        add(tmp_path / name, {"visual.weight": torch.full((3,), 1 / 3, dtype=dtype)})
+    found = merged({**recipe_of(["bfloat16", "float16"], [], dtype="float16"), "sources": sources})["visual.weight"]
+    assert found.dtype == torch.float16 and torch.equal(found, torch.full((3,), 1 / 3, dtype=torch.bfloat16).half())
 
 
 def test_what_stays_quantised_is_said_to_be(folder, merged, tmp_path):
