@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from evo.checkpoint import Checkpoint, CheckpointError, read_vocabulary
 from evo.copies import tied_heads
 from evo.encodings import Entry
+from evo.encodings.plain import Plain
 from search_spaces.layout import is_by_token
 
 _SAME_WHERE_GIVEN = (
@@ -16,8 +17,9 @@ _SAME_WHERE_GIVEN = (
 """Keys of config.json that say what weights of the same shapes mean."""
 _CONVERT = (
     "To convert one: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16').save_pretrained(NEW_PATH), "
-    "with the dtype of the others. (`mergefront merge` takes several, if its file says `dtype: bfloat16`, say.)"
+    "with the dtype of the others."
 )
+_SAY_ONE = " (`mergefront merge` takes several, if its file says `dtype: bfloat16`, say.)"
 _TOLD = (
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings",
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "sliding_window", "use_sliding_window", "layer_types",
@@ -44,7 +46,7 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
     """
     (first_name, first), *others = checkpoints.items()
     problems: list[str] = []
-    advice_on_dtypes = ""
+    retyped: list[Entry] = []
     for name, other in others:
         problems += _config_differences(first_name, first, name, other)
         problems += _token_differences(first_name, first, name, other, common_rows)
@@ -63,10 +65,12 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
             elif here != there:
                 problems.append(f"{tensor}: {here} in {first_name}, {there} in {name}")
                 if entries[0].shape == entries[1].shape:
-                    advice_on_dtypes = f" {_CONVERT}"
+                    retyped += entries
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        say_one = _SAY_ONE if all(isinstance(entry.encoding.output, Plain) for entry in retyped) else ""
+        advice_on_dtypes = f" {_CONVERT}{say_one}" if retyped else ""
         raise CheckpointError(
             f"these checkpoints cannot be merged, {len(problems)} difference(s):\n  {shown}{more}\n"
             f"Expected the same architecture, vocabulary, tensors, shapes and dtypes in all of them.{advice_on_dtypes}"

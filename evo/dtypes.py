@@ -84,4 +84,4 @@ def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _section_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     said = {key: _section_in(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
-    return said | {key: dtype for key in _KEYS if str(said.get(key)).removeprefix("torch.") in NAMES}
+    return said | {key: dtype for key in _KEYS if str(said.get(key)).removeprefix("torch.") in (*NAMES, "float64")}

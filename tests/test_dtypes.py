@@ -125,6 +125,7 @@ def test_what_is_stored_so_already_stays_as_it_is(folder, merged):
         ({}, {"dtype": "float16"}),
         ({"dtype": None}, {"dtype": "float16"}),
         ({"dtype": "bfloat16"}, {"dtype": "float16"}),
+        ({"dtype": "float64"}, {"dtype": "float16"}),
         ({"torch_dtype": "torch.float32"}, {"torch_dtype": "float16"}),
         ({"text_config": {"dtype": "bfloat16"}}, {"text_config": {"dtype": "float16"}, "dtype": "float16"}),
         ({"dtype": {"text_config": "bfloat16"}}, {"dtype": {"text_config": "bfloat16"}}),
@@ -240,6 +241,8 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"is stored as F8_E4M3 .*no dtype, or .* \(BF16\), got float32"):
             merged(recipe_of(["fp8"], [], dtype="float32"))
         assert merged(recipe_of(["fp8"], [], dtype="bfloat16"))  # as its other tensors are anyway
+        with pytest.raises(CheckpointError, match=r"F8_E4M3 with scales(?s:.*)with the dtype of the others\.$"):
+            merged(recipe_of(["fp8", "bfloat16"], [], dtype="bfloat16"))  # and is told nothing of dtypes
 
     def test_a_dtype_that_is_not_here(self, merged):
         with pytest.raises(RecipeError, match="dtype: expected one of float32, float16, bfloat16, or none, got 'int8'"):
