@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
-from evo.encodings import fp8_blocks
-from evo.encodings.fp8_blocks import Fp8Blocks
+from evo.encodings import EncodingError, TensorHeader, fp8_blocks
+from evo.encodings.fp8_blocks import Fp8Blocks, find
 from evo.encodings.rounding import Rounding
 from evo.materializer import Materializer
 from evo.merge import kernels
@@ -213,6 +213,32 @@ class TestRefused:
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=r"one for each block of 8 x 8.*weight_block_size"):
             Checkpoint.open(folder)
+
+    @pytest.mark.parametrize("block", [[8], [8, 0], [8, "x"], [8, 8, 8], "88", 8])
+    def test_blocks_that_are_none(self, block):
+        with pytest.raises(EncodingError, match="weight_block_size: expected two numbers above 0"):
+            list(find({}, {"weight_block_size": block}))
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "scales"),
+        [
+            ("a.weight", (16, 24), (1, 2)),
+            ("mlp.experts.down_proj", (3, 16, 24), (3, 1, 2)),
+            ("conv.weight", (3, 16, 24), None),
+            ("mlp.experts.down_proj", (2, 3, 16, 24), None),
+            ("norm.weight", (16,), None),
+        ],
+    )
+    def test_only_matrices_have_blocks(self, name, shape, scales):
+        """And experts that are packed: theirs are one after the other."""
+        found = {name: TensorHeader("F8_E4M3", shape)}
+        found[f"{name}_scale_inv"] = TensorHeader("F32", scales or (*shape[:-2], 1, 2))
+        if scales:
+            (entry,) = find(found, {"weight_block_size": [16, 16]})
+            assert (entry.name, entry.shape) == (name, shape)
+        else:
+            with pytest.raises(EncodingError, match=r"_scale_inv: expected None float32 numbers"):
+                list(find(found, {"weight_block_size": [16, 16]}))
 
     @pytest.mark.parametrize("code", [0x7F, 0xFF])
     def test_not_a_number(self, fp8_parents, tmp_path, code):

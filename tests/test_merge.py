@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evo import materializer as materializer_module
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
 from evo.merge import METHODS, base_at_zero, get_method, one_hot
@@ -122,7 +121,7 @@ def test_scored_is_exported_whatever_the_blocks(moe_parents, name, monkeypatch):
     assert all(torch.equal(whole[n], t) for n, t in slots.items())
     assert all(torch.isfinite(t).all() for t in slots.values())
     assert any(not torch.equal(t, checkpoints["base"].tensor(n)) for n, t in whole.items())
-    monkeypatch.setattr(materializer_module, "CHUNK_ELEMENTS", 61)
+    monkeypatch.setattr("evo.merging.CHUNK_ELEMENTS", 61)
     monkeypatch.setattr("evo.merge.statistics.BLOCK_ELEMENTS", 97)
     assert all(torch.equal(whole[n], t) for n, t in streamed(moe_parents, recipe).items())
 
@@ -217,3 +216,10 @@ class TestKnobs:
     def test_unknown_method(self):
         with pytest.raises(ValueError, match="no merge method is called 'tie'"):
             get_method("tie")
+
+
+def test_methods_of_task_vectors_take_the_ancestor_as_their_base():
+    """Where a config has one. What interpolates between models takes a parent."""
+    of_task_vectors = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs")
+    of_task_vectors += ("breadcrumbs_ties", "sce", "model_stock", "ram")
+    assert {name for name in METHODS if get_method(name).from_ancestor} == set(of_task_vectors)
