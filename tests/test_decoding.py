@@ -102,7 +102,7 @@ def test_the_cache_is_gone_when_generate_returns(tmp_path):
 @given(st.data())
 def test_columns_hold_what_lists_hold(data):
     """Rows join, grow, leave and come back at random; a list of lists is the reference."""
-    capacity, cache, rows, value = 5, Columns(5), [], iter(range(1, 10**6))
+    capacity, cache, rows, value = 5, Columns(5, [(torch.zeros(1, 1, 1),) * 2]), [], iter(range(1, 10**6))
     parked = []
 
     def forward(new):
@@ -140,6 +140,14 @@ def test_columns_hold_what_lists_hold(data):
             order = cache.drop(gone)
             assert sorted(order) == sorted(set(range(len(rows))) - set(gone))
             rows = [rows[i] for i in order]
+
+
+def test_all_buffers_of_a_cache_are_there_before_a_forward_pass():
+    """Made in the middle of it, they lay between its temporaries: 80 MB of holes beside 72 MB of keys and values."""
+    cache = Columns(3, [(torch.zeros(2, 1, 4), torch.zeros(2, 1, 6)), (torch.zeros(1, 1, 8),) * 2])
+    cache.join(3, 700)
+    shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
+    assert shapes == [((3, 2, 732, 4), (3, 2, 732, 6)), ((3, 1, 732, 8),) * 2]
 
 
 class TestSampling:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from evo.checkpoint import Checkpoint
 from evo.planning.footprint import cache_row_bytes, columns, export_bytes, kernel_bytes, model_bytes, step_row_bytes
-from fitness.engines.columns import Columns, cache_name, is_columnar
+from fitness.engines.columns import Columns, cache_name, is_columnar, one_token
 from fitness.engines.sampling import Settings as Sampling
 from tests.conftest import make_checkpoint
 from tests.test_architecture import ROOT
@@ -32,7 +32,7 @@ def test_bytes_are_those_of_the_real_model_cache_and_files(tmp_path, config):
     files = {f for f in folder.iterdir() if "safetensors" not in f.name}
     assert export_bytes(checkpoint) == weights + sum(f.stat().st_size for f in files)
     prompt, answer, rows = 5, 64, 3
-    cache = Columns(rows)
+    cache = Columns(rows, one_token(model))
     cache.join(rows, prompt)
     model(input_ids=torch.ones(rows, prompt, dtype=torch.long), **{cache_name(model): cache}, use_cache=True)
     for n in range(prompt, prompt + answer - 1):

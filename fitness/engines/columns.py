@@ -14,7 +14,6 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +32,14 @@ KeysAndValues = list[tuple[Tensor, Tensor]]
 class Columns(Cache):  # type: ignore[misc]  # transformers has no types
     """Rows 0..n_rows-1 are in use, and of each the columns up to `end`.
 
+    All layers' buffers are made before a forward pass: between its temporaries they would leave holes in the heap.
+
     Args:
         capacity: largest number of rows.
+        like: keys and values of any tokens of a row, by layer.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, like: KeysAndValues) -> None:
         self.capacity = capacity
         self.n_rows = self.first = self.end = 0
         self.rows = slice(0, 0)
@@ -46,7 +48,7 @@ class Columns(Cache):  # type: ignore[misc]  # transformers has no types
         """Columns that the coming forward pass sees besides those it adds."""
         # Were layers to own what owns them, their gigabytes would stay until Python looks for cycles.
         weak: Any = weakref.proxy(self)
-        super().__init__(layer_class_to_replicate=partial(_Layer, weak))
+        super().__init__(layers=[_Layer(weak, keys, values) for keys, values in like])
 
     def join(self, n_rows: int, width: int) -> None:
         """Make ready for a forward pass over the prompts of new rows, left-padded to `width` columns."""
@@ -120,23 +122,17 @@ class Columns(Cache):  # type: ignore[misc]  # transformers has no types
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer: (capacity, H, C, D) each."""
 
-    def __init__(self, cache: Columns) -> None:
+    def __init__(self, cache: Columns, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self._cache = cache
+        self.keys, self.values = (t.new_zeros(cache.capacity, t.shape[0], 0, t.shape[2]) for t in (keys, values))
+        self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """See CacheLayerMixin."""
-        n_columns = self._cache.end + SPARE_COLUMNS
-        self.keys, self.values = (
-            states.new_zeros(self._cache.capacity, states.shape[1], n_columns, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
+        """See CacheLayerMixin: nothing is left to do."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new columns; return them with those before them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         rows, end, n_new = self._cache.rows, self._cache.end, key_states.shape[2]
         self.keys[rows, :, end - n_new : end] = key_states
         self.values[rows, :, end - n_new : end] = value_states
@@ -177,6 +173,13 @@ def check_cache(model: Any) -> None:
             f"the engine 'transformers' cannot decode model_type {model.config.model_type!r}, which remembers text in "
             f"a way of its own ({error}). Merges need no engine; for a search, the engine 'vllm' may know it"
         ) from error
+
+
+def one_token(model: Any) -> KeysAndValues:
+    """Keys and values of a token of a model whose layers keep no more, found by a forward pass."""
+    cache = DynamicCache(config=model.config)
+    _read_one(model, cache)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from fitness.engines.columns import Columns, KeysAndValues, cache_name, row_memory
+from fitness.engines.columns import Columns, KeysAndValues, cache_name, one_token
 from fitness.engines.levels import LEAST_TOKENS, Levels, lowest_level
 from fitness.engines.sampling import Sampler
 
@@ -66,7 +66,7 @@ class Decoder:
     ) -> None:
         self._model, self._sampler, self._stop_ids, self._stops, self._refill = model, sampler, stop_ids, stops, refill
         self._one_more, self._cache_name = step or model, cache_name(model)
-        self._token_bytes = 0  # of keys and values; looked for when it is needed
+        self._like = one_token(model) if refill else []
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
@@ -91,7 +91,7 @@ class Decoder:
         done: list[list[int]] = [[] for _ in requests]
         wanted = [i for i, request in enumerate(requests) if request.max_tokens > 0]
         batch = _Batch([requests[i] for i in wanted], min(batch_size, len(wanted)), self._model.device)
-        cache = Columns(batch.capacity) if self._refill else DynamicCache(config=self._model.config)
+        cache = Columns(batch.capacity, self._like) if self._refill else DynamicCache(config=self._model.config)
         others, parked = self._others(batch), dict[int, _Parked]()
         while others.anyone or batch.n_rows:
             joining = others.join(batch.n_rows)
@@ -125,8 +125,8 @@ class Decoder:
         """All rows, none of which is in the batch yet."""
         lowest = batch.width
         if self._refill and lowest > LEAST_TOKENS:
-            self._token_bytes = self._token_bytes or row_memory(self._model).token
-            lowest = lowest_level(sum(p.nbytes for p in self._model.parameters()), batch.capacity, self._token_bytes)
+            token = sum(keys.nbytes + values.nbytes for keys, values in self._like)
+            lowest = lowest_level(sum(p.nbytes for p in self._model.parameters()), batch.capacity, token)
         return Levels(batch.n_prompt.tolist(), batch.capacity, batch.width, lowest)
 
     def _prefill(self, batch: _Batch, cache: Any, joining: list[int]) -> Tensor:
