@@ -9,10 +9,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint
 from evo.config import Budget
+from evo.deltas import LowRankDelta
 from evo.encodings import TensorHeader
 from evo.ledger import Ledger
 from evo.materializer import Materializer
@@ -281,6 +283,37 @@ def test_sources_are_counted_as_a_materializer_keeps_them(
     assert writer._n_bytes() == (exact + compressed, pinned + compressed)
     where = {i.where for i in originals if i.what.startswith("the checkpoint")}
     assert where == {"mapped" if residency is Residency.DISK else "host"}
+
+
+@pytest.mark.parametrize("residency", [Residency.DEVICE, Residency.DISK])
+def test_compressing_is_counted_beside_what_is_kept_by_then(tmp_path, residency, monkeypatch):
+    """A large embedding comes first, when hardly anything else is kept: against a real search's first merge."""
+    model = LlamaConfig(
+        vocab_size=4000, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    parents = {name: make_checkpoint(tmp_path / name, model, seed) for seed, name in enumerate(["base", "a", "b"])}
+    config = config_of(parents, space={"kind": "block", "method": "task_arithmetic"}, interface="base")
+    checkpoints, took, compress = open_checkpoints(parents), [0], LowRankDelta.compress
+    monkeypatch.setattr("evo.deltas._SCRATCH", 1000)
+
+    def kept():
+        deltas = sum(t.nbytes for held in writer._deltas._kept.values() for t in held)
+        return deltas + (residency is Residency.DEVICE) * sum(t.nbytes for t in writer._pieces._kept.values())
+
+    def watched(self, delta, like):
+        took.append(kept() + self.scratch_bytes(tuple(like.shape)))
+        return compress(self, delta, like)
+
+    monkeypatch.setattr(LowRankDelta, "compress", watched)
+    slots = {n: torch.full(e.shape, torch.nan) for n, e in checkpoints["base"].scored.items()}
+    writer = Materializer(checkpoints, slots, residency=residency, deltas="low_rank(2)", base="base")
+    rule = Rule("linear", {"a": 0.3, "b": 0.3})
+    recipe = Recipe({n: Source(str(p)) for n, p in parents.items()}, "base", "base", (rule,))
+    writer.write({**recipe.to_dict(), "compressed": True})
+    items = Sources(config, checkpoints).items(residency, "low_rank(2)", "host")
+    told = sum(item.n_bytes for item in items if item.where == "host")
+    assert told == pytest.approx(max(*took, kept()), rel=0.07)  # a donor's difference is counted before it is made
 
 
 def test_memory_settings_that_help_are_named(plan_of):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +10,8 @@ import torch
 
 from evo.checkpoint import Checkpoint
 from evo.config import Config
-from evo.deltas import Deltas, parse
-from evo.holdings import Holding, holdings, kept_bytes, matrix_of, most_at_once
+from evo.deltas import Compression, Deltas, parse
+from evo.holdings import Holding, holdings, kept_bytes, matrix_of, most_at_once, part_headers
 from evo.parallel import own_parts
 from evo.residency import Residency, choose
 from evo.vocabulary import common_rows
@@ -93,15 +92,28 @@ class Sources:
         if device == "gpu" and (place != "gpu" or deltas != "exact"):
             found.append(Item("gpu", "what is merged now, copied there", self._arriving[residency is Residency.PINNED]))
         if compression := parse(deltas):
-            found.append(
-                Item(device, "compressing, and merging what is compressed", compression.scratch_bytes(self._largest))
-            )
+            stay = residency is Residency.DEVICE or device == "host"
+            beside = self._compressing(compression, base=place == device, deltas=stay)
+            found.append(Item(device, "compressing, and merging what is compressed", beside))
         return found
 
-    @cached_property
-    def _largest(self) -> tuple[int, int]:
-        """Shape of the largest matrix."""
-        return max((matrix_of(self.interface, part) for part in self._parts), key=math.prod)
+    def _compressing(self, compression: Compression, *, base: bool, deltas: bool) -> int:
+        """Bytes that compressing takes beside all that is kept in the end: much of that is not there yet while a large
+        embedding is compressed, which mostly comes first.
+
+        Args:
+            compression: how.
+            base: whether the base is kept where differences are compressed.
+            deltas: whether these are.
+        """
+        source, made, n_donors = self._checkpoints[self._config.space_base], Deltas(compression), len(self._used) - 1
+        later = most = 0
+        for part in reversed(self._parts):
+            shape = matrix_of(self.interface, part)
+            most = max(most, compression.scratch_bytes(shape) - later)
+            later += base * sum(header.n_bytes for header in part_headers(source, part))
+            later += deltas * n_donors * made.n_bytes([shape])
+        return most
 
     @cached_property
     def _arriving(self) -> tuple[int, int]:
