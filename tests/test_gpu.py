@@ -11,6 +11,7 @@ from evo.materializer import Materializer
 from evo.merge import METHODS, Measure, get_method, kernels
 from evo.merge.cpp_loop import CppLoop
 from evo.residency import Residency
+from fitness.engines.columns import one_token
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Decoding
 from search_spaces.recipe import Recipe, Rule, Source
@@ -116,5 +117,6 @@ def test_text_is_decoded_on_the_gpu(decoding, tmp_path):
                 for name, tensor in held.items():
                     held[name] = None if tensor is None else torch.nn.Parameter(OnGpu(tensor.detach()), False)
         engine.device, engine._decoder._stop_ids = GPU, OnGpu(engine._decoder._stop_ids)
+        engine._decoder._like = one_token(engine._model)
         assert engine._model.device == GPU
         assert answers() == expected
