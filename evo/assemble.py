@@ -156,6 +156,8 @@ def first_candidates(config: Config, space: SearchSpace, sources: dict[str, Sour
     n_digits = max(3, len(str(n_points)) + 1)  # tells neighbours apart
     for share in map(float, np.linspace(0.0, 1.0, n_points + 2)[1:-1]):
         line = {parents[0]: share, parents[-1]: 1.0 - share}
+        if any(line == shares for _, _, shares in mixtures):  # the middle is the average of two parents
+            continue
         mixtures.append((f"line-{share:.{n_digits}g}", Origin.BASELINE, line))
     interface = config.interface_parent
     found = [

@@ -155,7 +155,7 @@ class Baselines(_Section):
     average: bool = True
     """The mean of all parents."""
     line_points: int = Field(0, ge=0, le=1000)
-    """Interior points of the line between two parents."""
+    """Interior points of the line between two parents; the middle one is no other than their average."""
     swaps: bool = False
     """For each set of roles that the space tells apart: these from the donor and the rest from the base, as
     R1T-Chimera took routed experts, and the other way round. Optimizers start from the best of all baselines."""

@@ -158,12 +158,21 @@ def _draw_baselines(axes: Axes, front: Front) -> list[Any]:
         return []
     on_line = [row for row in front.baselines if row.ask.name.startswith("line-")]
     if on_line:
+        if len(front.parents) == 2:
+            on_line += [row for row in front.baselines if row.ask.name == "average"]
+        on_line.sort(key=lambda row: _share(row, front.parents[0].ask.name))
         line = _points([front.parents[-1], *on_line, front.parents[0]])
         axes.plot(line.tokens, line.accuracy, color=_BASELINE, linewidth=1.2, alpha=0.8, zorder=2.2)
     return axes.plot(
         points.tokens, points.accuracy, "D", color=_BASELINE, markersize=5.5, markeredgecolor="white",
         markeredgewidth=0.7, zorder=3.05, label="plain merges",
     )  # fmt: skip
+
+
+def _share(row: Row, parent: str) -> float:
+    """Of a parent in a plain mixture."""
+    assert row.ask.recipe is not None, "what is no proposal of an optimizer is recorded with its recipe"
+    return row.ask.recipe.rules[0].coefficients[parent]
 
 
 def _draw_evaluated(axes: Axes, front: Front) -> list[Any]:

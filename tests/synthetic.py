@@ -24,7 +24,7 @@ def config_of(parents: dict[str, Path], **changes) -> Config:
         "task": {"kind": "arithmetic", **{str(split): n for split, n in N_PROBLEMS.items()}},
         "engine": {"max_tokens": 110},
         "optimizer": {"kind": "cma_es", "population": POPULATION},
-        "baselines": {"average": True, "line_points": 5},
+        "baselines": {"average": True, "line_points": 6},
         "budget": {"candidates": 10_000},
         "seed": 3,
     }

@@ -54,6 +54,15 @@ def test_every_group_is_where_its_scores_are(front):
     assert np.allclose(infeasible, scores([row for row in others if not row.search.feasible]))
 
 
+def test_the_line_goes_from_parent_to_parent_through_their_average(front):
+    def share(row):
+        return 0.5 if row.ask.name == "average" else float(row.ask.name.removeprefix("line-"))
+
+    expected = scores([front.parents[1], *sorted(front.baselines, key=share), front.parents[0]])
+    drawn = [line.get_xydata() for line in draw_front(front, title="t").axes[0].get_lines()]
+    assert len(expected) == 9 and any(np.array_equal(line, expected) for line in drawn)
+
+
 def test_all_that_is_feasible_is_in_view(front):
     axes = draw_front(front, title="t", held_out=True).axes[0]
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()

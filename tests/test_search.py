@@ -1,6 +1,7 @@
 """Whole searches on the built-in parents: real checkpoints, a real model, a real ledger."""
 
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from evo.scoring import score_checkpoint
 from evo.types import Origin, Status
 from fitness.tasks.arithmetic import Arithmetic
 from fitness.types import Split
+from search_spaces.recipe import Source
 from tests.conftest import CHIMERA
 from tests.searching import MAX_TOKENS, SIZES, events, generate_with_transformers, write_config
 
@@ -143,12 +145,25 @@ def test_line_points_are_baselines(tmp_path):
     assert [row.ask.name for row in front.baselines] == ["line-0.25", "line-0.5", "line-0.75"]
 
 
+def test_the_middle_of_the_line_is_the_average_and_evaluated_once(chimera):
+    def names(n_parents, n_points):
+        parents = dict(list(chimera.sources.items())[:n_parents])
+        config = chimera.model_copy(update={"parents": parents, "baselines": Baselines(line_points=n_points)})
+        sources = {name: Source(name) for name in parents}
+        space = SimpleNamespace(uniform=lambda shares: None)
+        return [candidate.name for candidate in first_candidates(config, space, sources)][n_parents:]
+
+    assert names(2, 3) == ["average", "line-0.25", "line-0.75"]
+    assert names(2, 2) == ["average", "line-0.333", "line-0.667"]
+    assert names(3, 1) == ["average", "line-0.5"]
+
+
 def test_as_many_line_points_as_there_may_be_have_names_of_their_own(chimera):
     sources = recipe_sources(chimera, {})
     for n in (1, 9, 99, 500, 1000):
         config = chimera.model_copy(update={"baselines": Baselines(line_points=n)})
         names = [c.name for c in first_candidates(config, build_space(config, open_sources(config)), sources)]
-        assert len(set(names)) == len(names) == n + 3
+        assert len(set(names)) == len(names) == n + 3 - n % 2  # the middle is the average
 
 
 def test_swaps_are_baselines_and_the_optimizer_starts_from_the_best(tmp_path):

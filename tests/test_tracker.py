@@ -28,7 +28,7 @@ from fitness.types import Split
 from search_spaces.recipe import Recipe
 from tests.synthetic import POPULATION, SyntheticRun, config_of
 
-N_FIRST, N_GENERATIONS, N_LAST = 8, 4, 3  # parents and baselines; complete generations; of an incomplete one
+N_FIRST, N_GENERATIONS, N_LAST = 9, 4, 3  # parents and baselines; complete generations; of an incomplete one
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
