@@ -40,7 +40,7 @@ def histories(runs):
 
 def test_every_candidate_is_parked_first_and_told_by_its_estimate(histories):
     first = [entry for _, entry in of_search(histories["parked"])]
-    assert len(first) == 10 and all(entry.parked and len(entry.detail["problems"]) == 8 for entry in first)
+    assert len(first) == 11 and all(entry.parked and len(entry.detail["problems"]) == 8 for entry in first)
     truth = np.array([histories["full"].entries[Split.SEARCH][e.candidate_id].losses for e in first])
     assert np.corrcoef([e.losses[1] for e in first], truth[:, 1])[0, 1] > 0.9
 
@@ -150,20 +150,20 @@ def test_several_samples_a_problem_go_on_and_are_counted(tmp_path):
 
 def test_a_budget_of_tokens_holds_for_parked_candidates_too(tmp_path):
     path = write_config(tmp_path, proxy={"gain": 1e-6, "race": False})
-    path.write_text(path.read_text().replace("{candidates: 13}", "{tokens: 16000}"))
+    path.write_text(path.read_text().replace("{candidates: 13}", "{tokens: 17000}"))
     search = Search.from_yaml(path, tmp_path / "run")
     search.run()
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
         history, first = History(ledger), ledger.entries(Split.SEARCH)
         later = {entry.seq: entry for entry in ledger.later()}
         costs = sorted((entry.seq, entry.n_tokens) for entry in (*first, *later.values()))
-    assert 16000 <= history.spent["tokens"] < 16000 + max(cost for _, cost in costs)
+    assert 17000 <= history.spent["tokens"] < 17000 + max(cost for _, cost in costs)
     promised = {entry.candidate_id: entry.detail.get("promise") for entry in first}  # a front that grows lowers it
     spent, n_closing = 0, 0
     for seq, cost in costs:
         if seq in later:
-            n_closing += spent >= (1 - CLOSING) * 16000
-            assert promised[later[seq].candidate_id] >= MEANWHILE or spent >= (1 - CLOSING) * 16000
+            n_closing += spent >= (1 - CLOSING) * 17000
+            assert promised[later[seq].candidate_id] >= MEANWHILE or spent >= (1 - CLOSING) * 17000
             promised[later[seq].candidate_id] = later[seq].detail.get("promise")
         spent += cost
     assert n_closing
@@ -188,7 +188,7 @@ def test_an_extended_search_asks_on_who_was_parked_before(tmp_path):
     assert not _later(search.folder)  # nobody promises nine tenths of the box
     search.run(budget=Budget(candidates=11))
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
-        assert sum(entry.parked for entry in ledger.entries(Split.SEARCH)) == 5
+        assert sum(entry.parked for entry in ledger.entries(Split.SEARCH)) == 6
 
 
 def test_an_estimate_below_the_accuracy_floor_is_a_violation(histories):
