@@ -83,17 +83,16 @@ class Merger:
 
         if rows is None:
             merged = self._merged(part, job, source, device, watch, region)
-            return self._looked_at(merged, part, job, device, late) if looked_at else merged
-        if region:
-            rows = rows.within(region[0])
-        interface = as_output(self._reader.read(job.interface, part, device, keep, region), part.tensor)
-        if rows.n_rows == 0:
-            return interface
-        merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)
-        if isinstance(merged, Fused):
-            shape = (rows.n_rows, *interface.shape[1:])
-            merged = Stored(interface.encoding, (merged.result().view(shape),))
-        merged = rows.complete(merged, interface)
+        else:
+            rows = rows.within(region[0]) if region else rows
+            interface = as_output(self._reader.read(job.interface, part, device, keep, region), part.tensor)
+            if rows.n_rows == 0:
+                return interface
+            merged = self._merged(part, job, lambda i: rows.cut(source(i)), device, watch, region)
+            if isinstance(merged, Fused):
+                shape = (rows.n_rows, *interface.shape[1:])
+                merged = Stored(interface.encoding, (merged.result().view(shape),))
+            merged = rows.complete(merged, interface)
         return self._looked_at(merged, part, job, device, late) if looked_at else merged
 
     def _may_look_late(self, part: Part, job: Job) -> bool:

@@ -54,6 +54,7 @@ def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
     return 8 * max(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint)) + MERGE_BYTES
 
 
+@lru_cache
 def kernel_bytes(checkpoint: Checkpoint, prompt: int, rows: int) -> int:
     """Of matrix products in bfloat16 on a CPU with AVX-512: torch has oneDNN compile one for each shape of a weight and
     each number of tokens that go through it together. Steps have any number up to all rows, and prompts half as many
