@@ -175,16 +175,17 @@ torch.set_num_threads(1)
 base, donor = torch.randn(2, 700, 1000).bfloat16()
 deltas = Deltas(parse("int8"))
 deltas.donor("a", "first", base, lambda: donor)
+kept = [bytearray(b"x" * 100_000) for _ in range(2400)]
+del kept[::2]
 before = memory()
-for part in range(100):
+for part in range(25):
     deltas.donor("a", part, base, lambda: donor)
 print(memory() - before)
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc, whose heap it is about")
-def test_compressing_leaves_no_more_in_memory_than_what_is_kept():
-    """In a process of its own, whose heap nothing else has used: twice as much was left."""
+def test_compressing_gives_back_what_the_heap_holds_between_what_is_kept():
+    """120 MB are free between as many that are not, where no matrix fits; 70 MB of differences are compressed."""
     run = subprocess.run([sys.executable, "-c", COMPRESS], capture_output=True, text=True, cwd=ROOT, check=True)
-    kept = 100 * Absmax(8).n_bytes((700, 1000))
-    assert kept < int(run.stdout) < 1.2 * kept
+    assert int(run.stdout) < 25 * Absmax(8).n_bytes((700, 1000)) - 50_000_000
