@@ -12,9 +12,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import gamma
+
 from evo.planning.batching import Batch, prices
 
 FIRST_TOKENS = 4
+TAIL = 2
+"""Shape of the gamma distribution of what unfinished answers lack. Of simulated searches whose lengths are lognormal or
+exponential, 1 in 3 was more than 25 % off with equal lengths, 1 in 50 with shape 1, none with shape 2, 1 in 8 with 4.
+"""
+GOLDEN_RATIO = 0.5 * (math.sqrt(5) - 1)
+"""Its multiples modulo 1 are spread evenly, and so are any that follow one another."""
 WORTH_IT = 1.3
 """A try is followed by one that is larger by this factor at the least."""
 
@@ -102,14 +113,23 @@ def estimate(found: list[Try], n: int, batch: Batch, most: int, tokens: float | 
     last = found[-1]
     done = [batch.work(one.lengths, one.cap) for one in found]
     each, n_answers = prices(done, [one.seconds for one in found]), n * len(last.lengths) // last.n
-    low, high = last.cap, most if last.cut else last.cap
+    answers, missing = np.resize(last.lengths, n_answers), (0.0, float(most - last.cap))
     if last.cut and tokens is not None:
-        missing = (tokens - sum(last.lengths) / len(last.lengths)) / last.cut
-        low = high = min(max(low, round(last.cap + missing)), high)
-    ends = []
-    for cut_at in (low, high):
-        grown = [cut_at if length >= last.cap else length for length in last.lengths]
-        answers = [grown[i % len(grown)] for i in range(n_answers)]
-        ends.append((last.seconds + float(each @ (batch.work(answers, cut_at) - done[-1])), float(sum(answers))))
+        missing = ((tokens - float(np.mean(last.lengths))) / last.cut,) * 2
+    unfinished, ends = answers >= last.cap, []
+    for mean in missing if last.cut else (0.0, 0.0):
+        answers[unfinished] = last.cap + _tail(int(unfinished.sum()), mean, most - last.cap)
+        work = batch.work(answers.tolist(), most)
+        ends.append((last.seconds + float(each @ (work - done[-1])), float(answers.sum())))
     seconds, written = zip(*ends, strict=True)
     return Estimate(seconds, written)
+
+
+def _tail(n: int, mean: float, most: int) -> NDArray[np.int64]:
+    """Tokens that n answers still lack: spread as a gamma distribution of that mean would be, cut at the most."""
+    if not 0 < mean < most:
+        return np.full(n, min(max(0, round(mean)), most))
+    spread = gamma.ppf((np.arange(1, n + 1) * GOLDEN_RATIO) % 1, TAIL)
+    scale = brentq(lambda scale: np.minimum(scale * spread, most).mean() - mean, 0, most / spread.min())
+    lacking: NDArray[np.int64] = np.minimum(scale * spread, most).round().astype(np.int64)
+    return lacking
