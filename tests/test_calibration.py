@@ -57,13 +57,13 @@ class Machine:
 
 
 def explored(machine, n, most, limit):
-    """Tries of a Machine."""
+    """Tries of a Machine, the last one last."""
     return explore(machine, n, Batch(machine.rows, PROMPT), 1, most, limit)
 
 
 def estimated(tries, n, rows, most, **more):
     """What they say of one with so many rows."""
-    return estimate(tries, n, Batch(rows, PROMPT), most, **more)
+    return estimate(tries[-1], tries, n, Batch(rows, PROMPT), most, **more)
 
 
 @pytest.mark.parametrize("limit", [1500.0, 5000.0, 30_000.0])
@@ -161,5 +161,5 @@ def test_calibration_tries_the_parents_and_a_merge(chimera, tmp_path):
     planned = plan_search(chimera.model_copy(update={"task": task}), out=tmp_path)
     lines = list(calibrated(planned, seconds=1.0))
     assert [line.split(":")[0] for line in lines] == [
-        "a merge", "reasoner", "concise", "the search", "the held-out scores",
+        *2 * ["a merge", "reasoner", "concise"], "the search", "the held-out scores",
     ]  # fmt: skip

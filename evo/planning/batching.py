@@ -15,11 +15,11 @@ from scipy.optimize import nnls
 
 from fitness.engines.levels import Levels, lowest_level
 
-ALWAYS, IF_NEEDED = (0, 2, 3), (4, 1)
+ALWAYS, IF_NEEDED = (0, 2, 3), ((), (4,), (1,), (4, 1))
 """Kinds of work that are reckoned with: calls, steps and rows; and attention and prompts, which tries may not tell from
 these.
 """
-BETTER = 0.5
+BETTER = 0.8
 """A kind is needed where the misfit with it is less than this share of what it is without."""
 
 
@@ -98,15 +98,13 @@ def prices(done: Sequence[NDArray[np.float64]], seconds: Sequence[float]) -> NDA
         seconds: that it took.
     """
     weights = 1.0 / np.sqrt(np.maximum(seconds, 1e-9))
-    took = np.asarray(seconds) * weights
-    every = np.stack(done) * weights[:, None]
+    every, took = np.stack(done) * weights[:, None], np.asarray(seconds) * weights
     scale = np.maximum(np.linalg.norm(every, axis=0), 1e-12)
-    kinds, nothing = list(ALWAYS), 1e-9 * float(np.linalg.norm(took))
-    found, misfit = nnls(every[:, kinds] / scale[kinds], took)
-    for kind in IF_NEEDED:
-        more, less = nnls(every[:, [*kinds, kind]] / scale[[*kinds, kind]], took)
-        if less < BETTER * misfit - nothing:
-            kinds, found, misfit = [*kinds, kind], more, less
-    each = np.zeros(len(scale))
-    each[kinds] = found / scale[kinds]
+    each, least, nothing = np.zeros(len(scale)), np.inf, 1e-9 * float(np.linalg.norm(took))
+    for more in IF_NEEDED:
+        kinds = [*ALWAYS, *more]
+        found, misfit = nnls(every[:, kinds] / scale[kinds], took)
+        if (handicapped := (misfit + nothing) / BETTER ** len(more)) < least:
+            each, least = np.zeros(len(scale)), handicapped
+            each[kinds] = found / scale[kinds]
     return each

@@ -41,19 +41,22 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
     first = first_candidates(config, space, recipe_sources(config, {}))
     merges = [replace(first[0], name="a merge", recipe=_interior(config, space, first, share)) for share in (0.4, 0.5)]
     write = [_evaluate(worker, config, merge, 1, 1).detail["write_seconds"] for merge in merges][-1]
-    n, n_held, found, held = len(task.problems(Split.SEARCH)), len(task.problems(Split.HELD_OUT)), [], []
+    n, n_held = len(task.problems(Split.SEARCH)), len(task.problems(Split.HELD_OUT))
     samples = planned.load.answers // n
     batch, most = planned.batch, config.engine.max_tokens
     tried = [merges[-1], *first[: len(config.parents)]]
+    tries: list[Try] = []
+    lasts: list[Try] = []
     for n_left, candidate in zip(range(len(tried), 0, -1), tried, strict=True):
-        tries = explore(
-            Asker(worker, config, candidate), n, batch, samples, most, (deadline - time.monotonic()) / n_left
-        )
-        found.append(estimate(tries, n, batch, most, tokens))
-        held.append(estimate(tries, n_held, batch, most, tokens).seconds)
-        took = [write + one for one in found[-1].seconds]
-        last = f"tried {tries[-1].n} of {n} problems, answers up to {tries[-1].cap} tokens"
-        yield f"{candidate.name}: {spans(*took)} a candidate, {_range(*found[-1].tokens)} tokens ({last})"
+        left = (deadline - time.monotonic()) / n_left
+        tries += explore(Asker(worker, config, candidate), n, batch, samples, most, left, tries)
+        lasts.append(tries[-1])
+        yield f"{candidate.name}: tried {lasts[-1].n} of {n} problems, answers up to {lasts[-1].cap} tokens"
+    found = [estimate(last, tries, n, batch, most, tokens) for last in lasts]
+    held = [estimate(last, tries, n_held, batch, most, tokens).seconds for last in lasts]
+    for candidate, one in zip(tried, found, strict=True):
+        took = spans(*(write + seconds for seconds in one.seconds))
+        yield f"{candidate.name}: {took} a candidate, {_range(*one.tokens)} tokens"
     lows, highs = ([(one.seconds[end] + write, one.tokens[end]) for one in found] for end in (0, 1))
     ends = [tuple(sum(column) / len(found) for column in zip(*of, strict=True)) for of in (lows, highs)]
     low, high = (search_seconds(config.budget, *end) for end in ends)

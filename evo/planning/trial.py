@@ -1,15 +1,15 @@
 """How long a model takes to answer all problems, from tries on fewer problems and shorter answers.
 
 First enough answers to fill the batch are begun, then they are let grow, then more problems follow, as far as time
-allows: so what a call, a step, a row and a long row cost can be told apart (batching.py). Problems that were not tried
-are taken to have answers as long as those that were. Knows no model: a try is a function. Of answers that did not end
-in time it knows a range.
+allows: so what a call, a step, a row and a long row cost can be told apart (batching.py), from the tries of all
+candidates together. Problems that were not tried are taken to have answers as long as those that were. Knows no model:
+a try is a function. Of answers that did not end in time it knows a range.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,8 @@ from evo.planning.batching import Batch, prices
 
 FIRST_TOKENS = 4
 TAIL = 2
-"""Shape of the gamma distribution of what unfinished answers lack. Of simulated searches whose lengths are lognormal or
-exponential, 1 in 3 was more than 25 % off with equal lengths, 1 in 50 with shape 1, none with shape 2, 1 in 8 with 4.
+"""Shape of the gamma distribution of what unfinished answers lack: of simulated searches with lognormal or exponential
+lengths 1 in 20 was more than 25 % off, and 1 in 3 where all unfinished were given one length (experiments/LOG.md).
 """
 GOLDEN_RATIO = 0.5 * (math.sqrt(5) - 1)
 """Its multiples modulo 1 are spread evenly, and so are any that follow one another."""
@@ -61,7 +61,9 @@ Ask = Callable[[int, int], Try]
 """Tries so many problems, with answers of at most so many tokens."""
 
 
-def explore(ask: Ask, n: int, batch: Batch, samples: int, most: int, seconds: float) -> list[Try]:
+def explore(
+    ask: Ask, n: int, batch: Batch, samples: int, most: int, seconds: float, others: Sequence[Try] = ()
+) -> list[Try]:
     """Larger and larger tries, within some seconds if the first alone, a problem and a few tokens, is.
 
     Args:
@@ -71,58 +73,73 @@ def explore(ask: Ask, n: int, batch: Batch, samples: int, most: int, seconds: fl
         samples: answers of a problem.
         most: tokens of an answer.
         seconds: that there are.
+        others: tries that were made before, of this or of another candidate.
     """
     found, size = [], (1, min(FIRST_TOKENS, most))
     while True:
         found.append(ask(*size))
         left = 0.8 * (seconds - sum(one.seconds for one in found))
-        following = _larger(found, max(0.0, left), n, batch, samples, most)
+        following = _larger(found[-1], [*others, *found], max(0.0, left), n, batch, samples, most)
         if following is None:
             return found
         size = following
 
 
-def _larger(found: list[Try], left: float, n: int, batch: Batch, samples: int, most: int) -> tuple[int, int] | None:
-    """The next size, which should take no longer than the seconds that are left."""
-    last, rows = found[-1], min(n, math.ceil(batch.rows / samples))
-    room = left / max(last.seconds, 1e-9)
+def _larger(
+    last: Try, tries: Sequence[Try], left: float, n: int, batch: Batch, samples: int, most: int
+) -> tuple[int, int] | None:
+    """The next size, which should take no longer than the seconds that are left; None if none is worth it."""
+    rows = min(n, math.ceil(batch.rows / samples))
     if last.n < rows:
-        growth = min(4.0, room)
-        return (min(rows, math.ceil(last.n * growth)), last.cap) if growth >= WORTH_IT else None
-    if last.n == rows and last.cap < most and last.cut:
-        growth = min(4.0, math.sqrt(room))  # attention to all that was written: seconds may grow as the square
-        return (last.n, min(most, math.ceil(last.cap * growth))) if growth >= WORTH_IT else None
-    more = min(n, int(last.n * min(4.0, room)))
-    while more >= min(n, WORTH_IT * last.n) and last.n < n:
-        if estimate(found, more, batch, most).seconds[1] <= left:
-            return more, most
-        more = int(0.9 * more)
-    return None
+        sizes = [(more, last.cap) for more in _above(last.n, rows)]
+    elif last.n == rows and last.cap < most and last.cut:
+        sizes = [(last.n, cap) for cap in _above(last.cap, most)]
+    else:
+        sizes = [(more, most) for more in _above(last.n, n)]
+    fit = (size for size in sizes if estimate(last, tries, size[0], batch, size[1]).seconds[1] <= left)
+    return next(fit, None)
 
 
-def estimate(found: list[Try], n: int, batch: Batch, most: int, tokens: float | None = None) -> Estimate:
+def _above(size: int, most: int) -> Iterator[int]:
+    """Sizes from at most eight times one down to what is worth it."""
+    larger = min(most, 8 * size)
+    while larger > size and larger >= min(most, WORTH_IT * size):
+        yield larger
+        larger = int(0.9 * larger)
+
+
+def estimate(last: Try, tries: Sequence[Try], n: int, batch: Batch, most: int, tokens: float | None = None) -> Estimate:
     """Extrapolate to all problems: what the last try took, and the price of what is done beyond it.
 
     Args:
-        found: of `explore`.
+        last: of a candidate.
+        tries: all that were made, of whatever candidates: work costs the same.
         n: problems that a candidate is asked.
         batch: in which they are decoded.
         most: tokens of an answer.
         tokens: mean tokens of an answer, if somebody knows; used where answers did not end in time.
     """
-    last = found[-1]
-    done = [batch.work(one.lengths, one.cap) for one in found]
-    each, n_answers = prices(done, [one.seconds for one in found]), n * len(last.lengths) // last.n
-    answers, missing = np.resize(last.lengths, n_answers), (0.0, float(most - last.cap))
-    if last.cut and tokens is not None:
-        missing = ((tokens - float(np.mean(last.lengths))) / last.cut,) * 2
-    unfinished, ends = answers >= last.cap, []
-    for mean in missing if last.cut else (0.0, 0.0):
-        answers[unfinished] = last.cap + _tail(int(unfinished.sum()), mean, most - last.cap)
-        work = batch.work(answers.tolist(), most)
-        ends.append((last.seconds + float(each @ (work - done[-1])), float(answers.sum())))
+    done, ends = [batch.work(one.lengths, one.cap) for one in tries], []
+    each = prices(done, [one.seconds for one in tries])
+    for answers in _ends(last, n, most, tokens):
+        work = batch.work(answers.tolist(), most) - batch.work(last.lengths, last.cap)
+        ends.append((last.seconds + float(each @ work), float(answers.sum())))
     seconds, written = zip(*ends, strict=True)
     return Estimate(seconds, written)
+
+
+def _ends(last: Try, n: int, most: int, tokens: float | None) -> list[NDArray[np.int64]]:
+    """Tokens of all answers, from the least to the most."""
+    missing = (0.0, float(most - last.cap))
+    if last.cut and tokens is not None:
+        missing = ((tokens - float(np.mean(last.lengths))) / last.cut,) * 2
+    ends = []
+    for mean in missing if last.cut else (0.0, 0.0):
+        answers = np.resize(last.lengths, n * len(last.lengths) // last.n)
+        unfinished = answers >= last.cap
+        answers[unfinished] = last.cap + _tail(int(unfinished.sum()), mean, most - last.cap)
+        ends.append(answers)
+    return ends
 
 
 def _tail(n: int, mean: float, most: int) -> NDArray[np.int64]:
