@@ -60,14 +60,23 @@ def in_fp8(merge, names=("base", "donors"), block=(16, 128), first=0):
     return replace(merge, **{name: changed[name] for name in names})
 
 
+def stored(merge):
+    """The dtype of the result: the base's, float32 where that has yet to be encoded."""
+    return merge.base.dtype if isinstance(merge.base, torch.Tensor) else torch.float32
+
+
 def on_tensors(merge):
     n_rows, n_columns = merge.base.shape
-    dtype = merge.base.dtype if isinstance(merge.base, torch.Tensor) else torch.float32
-    return merge.block((slice(0, n_rows), slice(0, n_columns))).to(dtype)
+    return merge.block((slice(0, n_rows), slice(0, n_columns))).to(stored(merge))
+
+
+def fused_with(merge, operands, **more):
+    """Its loop over other operands."""
+    return fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys, dtype=stored(merge), **more)
 
 
 def loop_of(merge):
-    fused = fuse(merge.method, [merge.base, *merge.donors], merge.coefficients, merge.arguments, merge.keys)
+    fused = fused_with(merge, [merge.base, *merge.donors])
     assert fused is not None
     return fused
 
@@ -151,7 +160,7 @@ def test_same_bits_of_donors_that_are_compressed(name, deltas):
 
 def test_rows_of_an_odd_length_are_not_compiled_where_differences_share_bytes(monkeypatch):
     monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
-    assert compressed(part_merge("linear", shape=(37, 1031)), "int4").compiled() is None
+    assert compressed(part_merge("linear", shape=(37, 1031)), "int4").compiled(torch.bfloat16) is None
 
 
 def floats_around_those_of_e4m3():
@@ -186,7 +195,7 @@ def test_e4m3_is_rounded_and_read_as_torch_does(monkeypatch):
 def test_some_rows_of_fp8_are_those_of_the_whole(name):
     merge = part_merge(name)
     expected, rows = on_tensors(in_fp8(merge)), in_fp8(merge, first=16)
-    fused = fuse(rows.method, [rows.base, *rows.donors], rows.coefficients, rows.arguments, rows.keys, first=16 * 1031)
+    fused = fused_with(rows, [rows.base, *rows.donors], first=16 * 1031)
     assert torch.equal(bits(fused.result()), bits(expected[16:].reshape(-1)))
 
 
@@ -195,7 +204,7 @@ def test_some_rows_of_fp8_are_those_of_the_whole(name):
 def test_some_rows_of_low_rank_donors_are_those_of_the_whole(name):
     merge = part_merge(name)
     expected, rows = on_tensors(compressed(merge, "low_rank(5)")), compressed(merge, "low_rank(5)", first=7)
-    fused = fuse(rows.method, [rows.base, *rows.donors], rows.coefficients, rows.arguments, rows.keys, first=7 * 1031)
+    fused = fused_with(rows, [rows.base, *rows.donors], first=7 * 1031)
     assert torch.equal(bits(fused.result()), bits(expected[7:].reshape(-1)))
 
 
@@ -258,7 +267,7 @@ def test_a_slot_is_written_directly_where_it_can_hold_the_bits(target, monkeypat
     slot = torch.empty_like(merge.base, dtype=torch.float32 if target == "float32" else None)
     if target == "transposed":
         slot = torch.empty(merge.base.shape[::-1], dtype=merge.base.dtype).T
-    fused, made = merge.compiled(), []
+    fused, made = merge.compiled(torch.bfloat16), []
     monkeypatch.setattr(Fused, "result", lambda self, result=Fused.result: made.append(1) or result(self))
     fused.into(slot)
     assert bool(made) == (target != "same")
@@ -291,7 +300,7 @@ def test_a_missing_compiler_is_said_once(monkeypatch, caplog):
     kernels._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for name in ("linear", "nearswap"):
-            assert part_merge(name).compiled() is None
+            assert part_merge(name).compiled(torch.bfloat16) is None
     kernels._loops.clear()
     assert [record.message.count("no C++ compiler") for record in caplog.records] == [1]
 
@@ -303,7 +312,7 @@ def test_a_loop_with_other_bits_is_not_used(monkeypatch, caplog):
     monkeypatch.setattr(cpp_loop, "source_of", lambda *key: source_of(*key).replace("+ 0x7fffu", "+ 0x7ffeu"))
     monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     kernels._loops.clear()
-    assert part_merge("linear").compiled() is None
+    assert part_merge("linear").compiled(torch.bfloat16) is None
     kernels._loops.clear()
     assert "other bits" in caplog.text
 
@@ -314,7 +323,7 @@ def test_a_loop_that_does_not_run_is_not_used(monkeypatch, caplog):
     monkeypatch.setattr(cpp_loop.CppLoop, "run", lambda *args: args[99])
     monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     kernels._loops.clear()
-    assert part_merge("linear").compiled() is None
+    assert part_merge("linear").compiled(torch.bfloat16) is None
     kernels._loops.clear()
     assert "does not run" in caplog.text
 
@@ -328,14 +337,14 @@ def test_a_loop_that_found_no_memory_is_tried_again(monkeypatch):
     kernels._loops.clear()
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
         patched.setattr(cpp_loop.CppLoop, "run", run)
-        part_merge("linear").compiled()
-    assert part_merge("linear").compiled() is not None
+        part_merge("linear").compiled(torch.bfloat16)
+    assert part_merge("linear").compiled(torch.bfloat16) is not None
 
 
 def test_compiling_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     monkeypatch.setenv(kernels.OFF, "1")
-    assert part_merge("linear").compiled() is None
+    assert part_merge("linear").compiled(torch.bfloat16) is None
 
 
 @needs_compiler
@@ -373,7 +382,7 @@ NOT_RECORDED = {
 def test_what_cannot_be_recorded_runs_on_tensors(monkeypatch, merge):
     monkeypatch.setattr(kernels, "FUSE_FROM_ELEMENTS", 0)
     one = by(merge)
-    assert one.compiled() is None
+    assert one.compiled(torch.bfloat16) is None
     floats, base = [donor.float() for donor in one.donors], one.base.float()
     whole = (slice(0, 37), slice(0, 1031))
     assert torch.equal(one.block(whole), merge(floats, base, one.coefficients))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evo.merge import METHODS, kernels
-from evo.merge.kernels import fuse, record
+from evo.merge.kernels import record
 from evo.merge.tape import Tape
 from evo.merge.triton_kernel import TritonKernel
 from tests.test_merge_compiled import (
@@ -14,6 +14,7 @@ from tests.test_merge_compiled import (
     bits,
     compressed,
     floats_around_those_of_e4m3,
+    fused_with,
     in_fp8,
     on_tensors,
     part_merge,
@@ -39,7 +40,7 @@ def merge_on(device, *args, **kwargs):
     merge = part_merge(*args, **kwargs)
     base, donors = merge.base.to(device), [donor.to(device) for donor in merge.donors]
     expected = on_tensors(merge)
-    fused = fuse(merge.method, [base, *donors], merge.coefficients, merge.arguments, merge.keys)
+    fused = fused_with(merge, [base, *donors])
     return fused, expected
 
 
@@ -60,7 +61,7 @@ def test_same_bits_of_what_is_stored_as_fp8(device, name, block):
     merge = in_fp8(part_merge(name), block=block)
     on_device = in_fp8(part_merge(name, device=device), block=block)
     operands = [on_device.base, *on_device.donors]
-    fused = fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys)
+    fused = fused_with(merge, operands)
     assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).view(-1)))
 
 
@@ -68,7 +69,7 @@ def test_same_bits_of_what_is_stored_as_fp8(device, name, block):
 def test_same_bits_of_donors_that_are_compressed(device, deltas):
     merge = compressed(part_merge("linear", shape=(37, 1032), device=device), deltas)
     operands = [merge.base, *merge.donors]
-    fused = fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys)
+    fused = fused_with(merge, operands)
     assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).cpu().view(-1)))
 
 
@@ -108,7 +109,7 @@ def test_same_bits_in_every_shape(device, shape):
 def test_an_empty_tensor_is_merged_to_one(device, name):
     merge = part_merge(name, shape=(4, 8))
     operands = [matrix[:, :0].to(device).contiguous() for matrix in (merge.base, *merge.donors)]
-    assert fuse(merge.method, operands, merge.coefficients, merge.arguments, merge.keys).result().numel() == 0
+    assert fused_with(merge, operands).result().numel() == 0
 
 
 @pytest.mark.parametrize("name", ["dare_ties", "della"])
@@ -116,7 +117,7 @@ def test_some_rows_of_a_part_are_those_of_the_whole(device, name):
     merge, (first, last) = part_merge(name), (5, 20)
     width = merge.base.shape[1]
     rows = [tensor[first:last].to(device).contiguous() for tensor in (merge.base, *merge.donors)]
-    fused = fuse(merge.method, rows, merge.coefficients, merge.arguments, merge.keys, first=first * width)
+    fused = fused_with(merge, rows, first=first * width)
     assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge)[first:last].reshape(-1)))
     start = 3 * width
     piece = torch.empty(4 * width + 17, dtype=fused.dtype, device=device)

@@ -59,11 +59,11 @@ class PartMerge:
             )
         return merged
 
-    def compiled(self, dtype: torch.dtype | None = None) -> Fused | None:
+    def compiled(self, dtype: torch.dtype) -> Fused | None:
         """The compiled loop that does the same, if there is one and it has the same bits.
 
         Args:
-            dtype: of the result; see `fuse`.
+            dtype: of the result.
         """
         operands = (self.base, *self.donors)
         large, first, arguments = self.base.numel() >= kernels.FUSE_FROM_ELEMENTS, 0, self.arguments
@@ -77,8 +77,7 @@ class PartMerge:
         fused = fuse(*given, may_compile=large, first=first, dtype=dtype)
         if fused is None:
             return None
-        written = fused.dtype
-        right = is_right(fused, lambda: self.block(next(blocks(self.base, _CHECKED_ELEMENTS))).to(written))
+        right = is_right(fused, lambda: self.block(next(blocks(self.base, _CHECKED_ELEMENTS))).to(dtype))
         return fused if right else None
 
     def _arguments_at(self, rows: slice) -> dict[str, Any]:

@@ -144,9 +144,9 @@ def fuse(
     arguments: Mapping[str, Any],
     keys: Sequence[Key],
     *,
+    dtype: torch.dtype,
     may_compile: bool = True,
     first: int = 0,
-    dtype: torch.dtype | None = None,
 ) -> Fused | None:
     """Compile a merge of whole matrices, or find its loop among those compiled.
 
@@ -156,9 +156,9 @@ def fuse(
         coefficients: D numbers.
         arguments: of the method's merge, without noise.
         keys: D streams of noise, for a random method.
+        dtype: of the result.
         may_compile: if not, only loops that are there already are used.
         first: number of the operands' first element in the part, where they are some whole rows of it.
-        dtype: of the result; None: the base's, but float32 where that has yet to be encoded.
 
     Returns:
         None where the merge has to run on tensors: no compiler, another device, dtype or layout, or an operation
@@ -171,8 +171,6 @@ def fuse(
     except Untraceable as error:
         _say_once(f"{error}: this merge runs on tensors, slower and with the same bits")
         return None
-    base = tape.inputs[0]
-    dtype = dtype or (torch.float32 if base.dtype.itemsize == 1 else base.dtype)
     return _fused(tape, nodes, dtype, [word for key in keys for word in key], may_compile, first)
 
 
