@@ -150,6 +150,12 @@ def test_times_are_right_where_hardly_an_answer_ends_in_time_and_some_are_much_l
     assert found.tokens == (pytest.approx(sum(lengths), rel=0.1),) * 2
 
 
+def test_fewer_problems_than_were_tried_and_none_of_them_unfinished():
+    """As of held-out problems, where there are few."""
+    last = Try(4, 8, 10.0, (3, 5, 8, 8))
+    assert estimated([last], 2, 4, 100, tokens=20).tokens == (8.0, 8.0)
+
+
 def test_a_model_that_cannot_be_tried_is_an_error(chimera):
     failed = SimpleNamespace(evaluate=lambda *_, **__: Evaluation(0, Status.FAILED, 1.0, detail={"reason": "NaN"}))
     with pytest.raises(CalibrationError, match="m cannot be scored: NaN"):

@@ -144,7 +144,7 @@ def _ends(last: Try, n: int, most: int, tokens: float | None) -> list[NDArray[np
 
 def _tail(n: int, mean: float, most: int) -> NDArray[np.int64]:
     """Tokens that n answers still lack: spread as a gamma distribution of that mean would be, cut at the most."""
-    if not 0 < mean < most:
+    if n == 0 or not 0 < mean < most:
         return np.full(n, min(max(0, round(mean)), most))
     spread = gamma.ppf((np.arange(1, n + 1) * GOLDEN_RATIO) % 1, TAIL)
     scale = brentq(lambda scale: np.minimum(scale * spread, most).mean() - mean, 0, most / spread.min())
