@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
@@ -18,6 +19,7 @@ from search_spaces.expert import expert
 from search_spaces.grouped import Ingredients
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.conftest import make_checkpoint
 from tests.encoding import files_of
 from tests.test_adapter import make_adapter
 
@@ -53,6 +55,7 @@ class TestSettings:
             ([{"filter": "mlp", "value": 0.1}, {"value": 0.9}], 0.5, 0.9),
             ([{"filter": "*", "value": 0.1}, {"filter": "attn", "value": 0.9}], 0.5, 0.1),
             ([{"filter": "mlp", "value": 0.1}], 0.5, None),
+            ({"filter": "attn", "value": [0, 1]}, 0.25, 0.25),
         ],
     )
     def test_value_at_a_depth(self, setting, t, expected):
@@ -235,6 +238,27 @@ parameters: {weight: 0.25}
         lines = merge(models / "recipe.yaml", tmp_path / "out").lines
         assert any(note in line for line in lines) and not any("x-mine" in line for line in lines)
 
+    @pytest.mark.parametrize(
+        ("method", "knobs"),
+        [
+            ("breadcrumbs", {"gamma": 0.01, "normalize": 0.0}),
+            ("breadcrumbs_ties", {"gamma": 0.01, "normalize": 0.0}),
+            ("della", {"epsilon": 0.15, "normalize": 1.0, "rescale": 1.0}),
+            ("della_linear", {"epsilon": 0.15, "normalize": 0.0, "rescale": 1.0}),
+        ],
+    )
+    def test_mergekits_defaults(self, models, tmp_path, method, knobs):
+        text = f"merge_method: {method}\nbase_model: base\nmodels: [{{model: a, parameters: {{weight: 0.5}}}}]"
+        (models / "recipe.yaml").write_text(text)
+        merge(models / "recipe.yaml", tmp_path / "out")
+        (rule,) = Recipe.from_yaml((tmp_path / "out" / "recipe.yaml").read_text()).rules
+        assert rule.knobs == {"lambda": 1.0, "density": 1.0, **knobs}
+
+    def test_a_filter_for_some_tensors_is_not_idle(self, models, tmp_path):
+        text = "merge_method: slerp\nbase_model: base\nmodels: [{model: a}]\n"
+        (models / "recipe.yaml").write_text(f"{text}parameters: {{t: [{{filter: mlp, value: 0.1}}, {{value: 0.5}}]}}\n")
+        assert not any("no tensor's name" in line for line in merge(models / "recipe.yaml", tmp_path / "out").lines)
+
     def test_adapters_rest_on_the_base_model(self, models, merged):
         """Also where another model is called "base"."""
         make_adapter(models / "lora", models / "b", 5, target_modules=["q_proj"])
@@ -322,6 +346,32 @@ class TestWriter:
         assert all(
             torch.equal(merged(text)[name], t) for name, t in Materializer(checkpoints).stream(recipe) if "norm" in name
         )
+
+    def test_nuslerp_of_task_vectors(self, models):
+        sources = {name: Source(str(models / name)) for name in ("base", "a", "b")}
+        rule = Rule("nuslerp", {"a": 0.25, "b": 0.75}, knobs={"origin": 1.0})
+        text, _ = write_mergekit(
+            Recipe(sources, "base", "base", (rule,)), {name: Checkpoint.open(models / name) for name in sources}
+        )
+        data = yaml.safe_load(text)
+        assert data["base_model"].endswith("/base")
+        assert [model["parameters"] for model in data["models"]] == [{"weight": 0.25}, {"weight": 0.75}]
+
+    def test_a_density_of_one_is_said_whatever_epsilon(self, models):
+        sources = {name: Source(str(models / name)) for name in ("base", "a")}
+        rule = Rule("della", {"a": 0.5}, knobs={"density": 1.0, "epsilon": 0.2})
+        text, _ = write_mergekit(
+            Recipe(sources, "base", "base", (rule,)), {name: Checkpoint.open(models / name) for name in sources}
+        )
+        assert yaml.safe_load(text)["models"][0]["parameters"]["density"] == 1.0
+
+    def test_dtypes_that_are_several(self, tmp_path):
+        parent = make_checkpoint(tmp_path / "a", "llama", 0, shard="1GB")
+        tensors = {name: t.float() if t.dim() == 1 else t.bfloat16() for name, t in files_of(parent).items()}
+        save_file(tensors, parent / "model.safetensors", metadata={"format": "pt"})
+        recipe = Recipe({"a": Source(str(parent))}, "a", "a")
+        with pytest.raises(CannotSayError, match="for all tensors; these hold BF16 and F32"):
+            write_mergekit(recipe, {"a": Checkpoint.open(parent)})
 
     def test_passthrough_scales_one_model(self, models, merged):
         rules = (Rule("passthrough", {"a": 1.0}, roles=(Role.FFN,), knobs={"scale": 0.5}),)

@@ -24,7 +24,7 @@ from evo.planning.machine import _batch_size, plan_search, ranks_report
 from evo.planning.plan import PICTURE_BYTES, Load, PlanError, Settings, check, make_plan, run_bytes
 from evo.planning.ranks import Share, rank_table, shares
 from evo.planning.sources import Sources
-from evo.planning.times import search_seconds
+from evo.planning.times import candidate_seconds, search_seconds, size, span, spans
 from evo.residency import Residency
 from evo.types import Candidate, Evaluation, Origin, Status
 from fitness.engines.transformers import TransformersEngine
@@ -119,6 +119,7 @@ def test_a_layout_that_would_cut_blocks_of_fp8_is_said_to_be_none(deepseek):
     (line,) = [line for line in lines if "tensor-parallel" in line]
     assert "cannot be" in line and "multiples of 128 rows" in line  # 2048 / 32 is 64
     assert sum("pipeline-parallel" in line for line in lines) > 1 and sum("expert-parallel" in line for line in lines)
+    assert any("expert-parallel 0-31 " in line for line in lines)  # 256 experts: all ranks alike
 
 
 def assert_shares_are_held(parents, interface, layout):
@@ -316,6 +317,21 @@ def test_compressing_is_counted_beside_what_is_kept_by_then(tmp_path, residency,
     assert told == pytest.approx(max(*took, kept()), rel=0.07)  # a donor's difference is counted before it is made
 
 
+@pytest.mark.parametrize("residency", [Residency.DEVICE, Residency.PINNED, Residency.DISK])
+@pytest.mark.parametrize("deltas", ["exact", "int8"])
+def test_what_is_not_on_a_gpu_is_copied_there(chimera, residency, deltas):
+    """A matrix of 128 x 256 in bfloat16 of two parents at once; two matrices in turn, from pinned memory."""
+    checkpoints = open_checkpoints(chimera.sources)
+    items = {item.what: item for item in Sources(chimera, checkpoints).items(residency, deltas, "gpu")}
+    arriving = sum(item.n_bytes for what, item in items.items() if what.startswith("what is merged now"))
+    largest = 2 * 2 * 128 * 256
+    everything_is_there = residency is Residency.DEVICE and deltas == "exact"
+    assert arriving == (0 if everything_is_there else 2 * largest if residency is Residency.PINNED else largest)
+    if deltas == "int8":
+        original = items["the checkpoint reasoner, for exact scores"]
+        assert (original.where, original.n_bytes) == ("mapped", stored_bytes(checkpoints["reasoner"]))
+
+
 def test_memory_settings_that_help_are_named(plan_of):
     gpu = Settings("gpu", "bfloat16", rows=1, residency="device")
     plan, rest = plan_of(gpu), {"host": 10**10}
@@ -413,3 +429,27 @@ def test_a_search_ends_at_the_nearest_limit():
     budgets = {"candidates": 100, "tokens": 5000, "hours": 0.01}
     for limits, seconds in ((["candidates"], 200), (["candidates", "tokens"], 100), (list(budgets), 36)):
         assert search_seconds(Budget(**{k: budgets[k] for k in limits}), 2.0, 100.0) == pytest.approx(seconds)
+
+
+def test_a_candidate_is_merged_and_generated_in_batches_by_hand():
+    """Bytes and answers that come out even: a step reads 8 GB and 4 times 1 GB at 6 GB a second, which is 2 s."""
+    low, high = candidate_seconds(18 * 10**9, 8 * 10**9, 2 * 10**9, 4, 9, (5.0, 7.0), 6e9)
+    assert low == 3 + 3 * 5 * 2  # nine answers by fours are three batches
+    assert high == pytest.approx(3 * 3 + 3 * 7 * (10 * 2 + 0.02))
+
+
+def test_bytes_and_times_for_people():
+    sizes = {
+        0: "0.0 MB",
+        123_456: "0.1 MB",
+        999 * 10**6: "999.0 MB",
+        10**9: "1.00 GB",
+        1_342_052_838_400: "1,342.05 GB",
+    }
+    assert {n: size(n) for n in sizes} == sizes
+    times = {
+        0.0123: "0.012 s", 9.0: "9 s", 10: "10 s", 119.4: "119 s", 120: "2.0 min", 7199: "120.0 min", 7200: "2.0 h",
+        172_799: "48.0 h", 172_800: "2.0 days", 200_000_000: "2,314.8 days",
+    }  # fmt: skip
+    assert {t: span(t) for t in times} == times
+    assert spans(30, 90) == "30 s to 90 s" and spans(300, 302) == "5.0 min"

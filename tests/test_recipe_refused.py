@@ -70,6 +70,14 @@ class TestRefused:
             (f"merge_method: linear\n{MODELS}\nparameters: {{weight: much}}", 3, "parameters.weight", "got 'much'"),
             (f"merge_method: ties\nbase_model: b\n{MODELS}\nparameters: {{lambda: -1}}", 4, "parameters",
              "expected 0 to 10"),
+            ("merge_method: task_arithmetic\nbase_model: b\nslices: [{sources: [{model: a, layer_range: [0, 3]}]}]",
+             3, "slices.0", "the base_model among the sources"),
+            ("merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n"
+             "- {model: b, parameters: {weight: -1}}", 3, "models.0.parameters.weight", "sum to 0"),
+            ("merge_method: multislerp\nmodels:\n- {model: a, parameters: {weight: 2}}\n"
+             "- {model: b, parameters: {weight: -1}}", 3, "models.0.parameters.weight", "a negative weight"),
+            ("merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 2}", 4, "parameters",
+             "expected 0 to 1, got 2"),
         ],
     )  # fmt: skip
     def test_with_the_place_and_what_can_be_done(self, error, text, line, place, words):
