@@ -179,6 +179,10 @@ def test_layers_among_workers_are_refused_on_a_cpu_before_the_load(parents):
         VllmEngine(str(parents["a"]), options={"pipeline_parallel_size": 2})
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+    reason="on a CPU vLLM rounds caches with AVX-512",
+)
 def test_a_cache_that_rounds_is_told_to_readers_of_the_scores(parents):
     options = {**OPTIONS["vllm"]["options"], "kv_cache_dtype": "fp8_e5m2"}
     with running("vllm", parents["a"], options=options) as engine:
