@@ -8,7 +8,7 @@ import pytest
 from evo.planning.batching import Batch
 from evo.planning.calibrate import Asker, CalibrationError, calibrated
 from evo.planning.machine import plan_search
-from evo.planning.trial import Try, estimate, explore
+from evo.planning.trial import Try, estimate, explore, priced
 from evo.types import Evaluation, Status
 from fitness.engines.levels import LEAST_TOKENS, Levels
 
@@ -63,7 +63,8 @@ def explored(machine, n, most, limit):
 
 def estimated(tries, n, rows, most, **more):
     """What they say of one with so many rows."""
-    return estimate(tries[-1], tries, n, Batch(rows, PROMPT), most, **more)
+    batch = Batch(rows, PROMPT)
+    return estimate(tries[-1], priced(tries, batch), n, batch, most, **more)
 
 
 @pytest.mark.parametrize("limit", [1500.0, 5000.0, 30_000.0])

@@ -11,7 +11,7 @@ from evo.assemble import build_space, build_worker, first_candidates, recipe_sou
 from evo.config import Config
 from evo.planning.machine import FRONT_SIZE, Planned, n_first
 from evo.planning.times import search_seconds, spans
-from evo.planning.trial import Try, estimate, explore
+from evo.planning.trial import Try, estimate, explore, priced
 from evo.types import Candidate, Evaluation, Status
 from evo.worker import Worker
 from fitness.types import Split
@@ -52,8 +52,9 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
         tries += explore(Asker(worker, config, candidate), n, batch, samples, most, left, tries)
         lasts.append(tries[-1])
         yield f"{candidate.name}: tried {lasts[-1].n} of {n} problems, answers up to {lasts[-1].cap} tokens"
-    found = [estimate(last, tries, n, batch, most, tokens) for last in lasts]
-    held = [estimate(last, tries, n_held, batch, most, tokens).seconds for last in lasts]
+    each = priced(tries, batch)
+    found = [estimate(last, each, n, batch, most, tokens) for last in lasts]
+    held = [estimate(last, each, n_held, batch, most, tokens).seconds for last in lasts]
     for candidate, one in zip(tried, found, strict=True):
         took = spans(*(write + seconds for seconds in one.seconds))
         yield f"{candidate.name}: {took} a candidate, {_range(*one.tokens)} tokens"

@@ -13,7 +13,8 @@ def candidate_seconds(
     """Range of seconds that a candidate takes: merge it, then generate.
 
     A step reads the whole model and a mean answer's keys and values, once at the least; how far above this floor an
-    engine stays is not known before it is measured: ten times, and 20 ms a step, at the most.
+    engine stays is not known before it is measured: ten times, and 20 ms a step, at the most. A merge takes three times
+    its bytes at the most.
 
     Args:
         merged: bytes that a merge reads and writes.

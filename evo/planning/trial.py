@@ -96,7 +96,8 @@ def _larger(
         sizes = [(last.n, cap) for cap in _above(last.cap, most)]
     else:
         sizes = [(more, most) for more in _above(last.n, n)]
-    fit = (size for size in sizes if estimate(last, tries, size[0], batch, size[1]).seconds[1] <= left)
+    each = priced(tries, batch)
+    fit = (size for size in sizes if estimate(last, each, size[0], batch, size[1]).seconds[1] <= left)
     return next(fit, None)
 
 
@@ -108,33 +109,42 @@ def _above(size: int, most: int) -> Iterator[int]:
         larger = int(0.9 * larger)
 
 
-def estimate(last: Try, tries: Sequence[Try], n: int, batch: Batch, most: int, tokens: float | None = None) -> Estimate:
+def priced(tries: Sequence[Try], batch: Batch) -> NDArray[np.float64]:
+    """See `prices`; of all tries that were made, of whatever candidates: work costs the same."""
+    return prices([batch.work(one.lengths, one.cap) for one in tries], [one.seconds for one in tries])
+
+
+def estimate(
+    last: Try, each: NDArray[np.float64], n: int, batch: Batch, most: int, tokens: float | None = None
+) -> Estimate:
     """Extrapolate to all problems: what the last try took, and the price of what is done beyond it.
 
     Args:
         last: of a candidate.
-        tries: all that were made, of whatever candidates: work costs the same.
+        each: prices of work.
         n: problems that a candidate is asked.
         batch: in which they are decoded.
         most: tokens of an answer.
         tokens: mean tokens of an answer, if somebody knows; used where answers did not end in time.
     """
-    done, ends = [batch.work(one.lengths, one.cap) for one in tries], []
-    each = prices(done, [one.seconds for one in tries])
+    done, ends = batch.work(last.lengths, last.cap), []
     for answers in _ends(last, n, most, tokens):
-        work = batch.work(answers.tolist(), most) - batch.work(last.lengths, last.cap)
+        work = batch.work(answers.tolist(), most) - done
         ends.append((last.seconds + float(each @ work), float(answers.sum())))
-    seconds, written = zip(*ends, strict=True)
+    seconds, written = zip(ends[0], ends[-1], strict=True)
     return Estimate(seconds, written)
 
 
 def _ends(last: Try, n: int, most: int, tokens: float | None) -> list[NDArray[np.int64]]:
-    """Tokens of all answers, from the least to the most."""
-    missing = (0.0, float(most - last.cap))
-    if last.cut and tokens is not None:
-        missing = ((tokens - float(np.mean(last.lengths))) / last.cut,) * 2
+    """Tokens of all answers: the least and the most, or what is known of them."""
+    if not last.cut:
+        missing = [0.0]
+    elif tokens is None:
+        missing = [0.0, float(most - last.cap)]
+    else:
+        missing = [(tokens - float(np.mean(last.lengths))) / last.cut]
     ends = []
-    for mean in missing if last.cut else (0.0, 0.0):
+    for mean in missing:
         answers = np.resize(last.lengths, n * len(last.lengths) // last.n)
         unfinished = answers >= last.cap
         answers[unfinished] = last.cap + _tail(int(unfinished.sum()), mean, most - last.cap)
