@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,26 +54,42 @@ _REFUSED = {
 """Settings that make an adapter another thing than a product of two factors."""
 
 
-def open_checkpoints(
-    paths: Mapping[str, str | Path], rests_on: str | None = "base", known_as: str = "`base`"
-) -> dict[str, Checkpoint]:
+@dataclass(frozen=True)
+class Footing:
+    """Which checkpoints adapters rest on."""
+
+    default: str | None = "base"
+    known_as: str = "`base`"
+    """What whoever reads an error calls the default."""
+    of: Mapping[str, str] = field(default_factory=dict)
+    """Adapter -> its own, where it is another."""
+
+
+def open_checkpoints(paths: Mapping[str, str | Path], footing: Footing | None = None) -> dict[str, Checkpoint]:
     """Open folders by name.
 
     Args:
         paths: name -> folder.
-        rests_on: name of the one that adapters rest on.
-        known_as: what whoever reads an error calls it.
+        footing: which of them adapters rest on.
 
     Raises:
-        CheckpointError: if one cannot be read, or an adapter has no base.
+        CheckpointError: if one cannot be read, an adapter has no base, or what should be an adapter is none.
     """
+    footing = footing or Footing()
     found = {name: Checkpoint.open(path) for name, path in paths.items() if not is_adapter(path)}
     for name, path in paths.items():
-        if is_adapter(path) and rests_on not in found:
+        own = footing.of.get(name)
+        if is_adapter(path) and (own or footing.default) not in found:
             raise CheckpointError(
-                f"{name} ({path}) is a LoRA adapter: expected the full checkpoint that it was trained on as {known_as}"
+                f"{name} ({path}) is a LoRA adapter: expected the full checkpoint that it was trained on as "
+                f"{own or footing.known_as}"
             )
-    return {name: found.get(name) or Adapter(Path(path), found[str(rests_on)]) for name, path in paths.items()}
+        if own and name in found:
+            raise CheckpointError(f"{name} ({path}): expected a LoRA adapter of {own}, with an {CONFIG_FILE}")
+    return {
+        name: found.get(name) or Adapter(Path(path), found[footing.of.get(name) or str(footing.default)])
+        for name, path in paths.items()
+    }
 
 
 def is_adapter(path: str | Path) -> bool:

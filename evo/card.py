@@ -55,7 +55,8 @@ def _metadata(recipe: Recipe) -> str:
 def recipe_sections(recipe: Recipe, told: Sequence[str]) -> str:
     """Where the weights come from."""
     parents = "\n".join(
-        f"| {name} | `{source.place}` | `{(source.digest or 'unknown')[:16]}` |"
+        f"| {name} | `{source.place}`{f', on {source.rests_on}' if source.rests_on else ''} "
+        f"| `{(source.digest or 'unknown')[:16]}` |"
         for name, source in recipe.sources.items()
     )
     return f"""## Sources

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from evo.adapter import open_checkpoints
+from evo.adapter import Footing, open_checkpoints
 from evo.card import merge_card
 from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible, differing_settings
@@ -24,8 +24,8 @@ from evo.mergekit.settings import MergekitError
 from evo.places import Place, at, describe, listed, read
 from search_spaces.recipe import Recipe, Rule, Source
 
-_Opener = Callable[[Mapping[str, Path], str | None, str, str | None], dict[str, Checkpoint]]
-"""Opens folders by name: told which of them adapters rest on, what the file calls that, and the dtype to merge into."""
+_Opener = Callable[[Mapping[str, Path], Footing, str | None], dict[str, Checkpoint]]
+"""Opens folders by name: told which of them adapters rest on, and the dtype to merge into."""
 
 
 class RecipeError(ValueError):
@@ -55,11 +55,9 @@ def merge(file: Path, out: Path, *, force: bool = False, common_rows: bool = Fal
     read_as = _read_mergekit if "merge_method" in data else _read_recipe
     common_rows = common_rows or data.get("vocabulary") == "common"
 
-    def opened(
-        paths: Mapping[str, Path], rests_on: str | None, known_as: str, dtype: str | None
-    ) -> dict[str, Checkpoint]:
+    def opened(paths: Mapping[str, Path], footing: Footing, dtype: str | None) -> dict[str, Checkpoint]:
         check_target(out, list(paths.values()), force)
-        found = open_checkpoints(paths, rests_on, known_as)
+        found = open_checkpoints(paths, footing)
         if dtype:
             store_as(list(found.values()), dtype)
         check_compatible(found, common_rows=common_rows)
@@ -82,6 +80,11 @@ def _load(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
         data, lines = read(file)
     except ValueError as error:
+        if getattr(error.__cause__, "problem", None) == "but found another document":
+            raise RecipeError(
+                f"{file}: expected one merge, got several behind each other (---), as mergekit-multi reads "
+                "them: give each a file of its own and merge them in turn, with --out as its name says"
+            ) from error
         raise RecipeError(str(error)) from error
     if isinstance(data, dict) and "experts" in data and "merge_method" not in data:
         raise RecipeError(
@@ -111,7 +114,8 @@ def _read_recipe(
         except ValueError as error:
             raise RecipeError(at(file, lines, ("rules", str(i)), str(error))) from None
     paths = {name: _located(source.place, file, f"{file}: {name}: ") for name, source in recipe.sources.items()}
-    sources = opened(paths, "base" if "base" in paths else recipe.base, "`base`", recipe.dtype)
+    own = {name: source.rests_on for name, source in recipe.sources.items() if source.rests_on is not None}
+    sources = opened(paths, Footing(recipe.footing, of=own), recipe.dtype)
     sources[recipe.interface].written_map()  # an adapter has none
     for name, source in recipe.sources.items():
         if source.digest is not None and sources[name].digest() != source.digest:
@@ -119,7 +123,7 @@ def _read_recipe(
                 f"{file}: {name}: the content of {paths[name]} is not what the recipe was written for. "
                 "Get that checkpoint, or take out its digest to merge what is there."
             )
-    named = {name: _source(paths[name], source.digest) for name, source in recipe.sources.items()}
+    named = {name: _source(paths[name], source.digest, source.rests_on) for name, source in recipe.sources.items()}
     return replace(recipe, sources=named), sources, []
 
 
@@ -140,9 +144,10 @@ def _read_mergekit(
         where = {name: at(file, lines, place, "", "mergekit") for name, place in document.places.items()}
         paths = {name: _located(path, file, where[name]) for name, path in document.paths.items()}
         known_as = "the first model" if document.dialect.base is Base.IGNORED else "base_model"
-        sources = opened(paths, document.rests_on, known_as, document.dtype)
+        sources = opened(paths, Footing(document.rests_on, known_as, document.adapters), document.dtype)
         sources[document.interface].written_map()
-        recipe = to_recipe(document, sources, {name: _source(path) for name, path in paths.items()})
+        named = {name: _source(path, rests_on=document.adapters.get(name)) for name, path in paths.items()}
+        recipe = to_recipe(document, sources, named)
         return recipe, sources, notes
     except MergekitError as error:
         message = at(file, lines, error.place, str(error), "mergekit")
@@ -160,6 +165,6 @@ def _located(path: str, file: Path, where: str) -> Path:
         raise RecipeError(f"{where}{error}") from error
 
 
-def _source(folder: Path, digest: str | None = None) -> Source:
+def _source(folder: Path, digest: str | None = None, rests_on: str | None = None) -> Source:
     place, revision = origin(folder)
-    return Source(place, digest, revision)
+    return Source(place, digest, revision, rests_on)

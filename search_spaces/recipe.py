@@ -49,6 +49,8 @@ class Source:
     """Content digest, or None where nobody has computed it yet."""
     revision: str | None = None
     """Commit of a checkpoint from the Hub."""
+    rests_on: str | None = None
+    """Of an adapter: the source that it changes, if not Recipe.footing."""
 
     @property
     def place(self) -> str:
@@ -135,6 +137,7 @@ class Recipe:
         if self.vocabulary not in ("same", "common"):
             raise ValueError(f"vocabulary: expected 'same' or 'common', got {self.vocabulary!r}")
         named = {self.base, self.interface}.union(*(rule.coefficients for rule in self.rules))
+        named |= {source.rests_on for source in self.sources.values() if source.rests_on is not None}
         if missing := sorted(named - set(self.sources)):
             raise ValueError(
                 f"no source is called {' or '.join(map(repr, missing))}: expected one of {', '.join(self.sources)}"
@@ -143,6 +146,11 @@ class Recipe:
     def assign(self, layout: Layout) -> dict[Part, Rule | None]:
         """Give every part of a layout its rule, or None for a copy of the base."""
         return assign(self.rules, layout)
+
+    @property
+    def footing(self) -> str:
+        """The source that adapters rest on which do not say so: the one called base, or else the base."""
+        return "base" if "base" in self.sources else self.base
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in a recipe file."""
@@ -182,7 +190,9 @@ class Recipe:
     def digest(self) -> str:
         """SHA-256 (hex) of the recipe's canonical JSON, paths left out where a content digest is known."""
         data = self.to_dict()
-        data["sources"] = {n: s.get("digest") or s["path"] for n, s in data["sources"].items()}
+        data["sources"] = {
+            name: (s.digest or s.path) + (f" on {s.rests_on}" if s.rests_on else "") for name, s in self.sources.items()
+        }
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -141,7 +141,7 @@ class TestWhereParentsAre:
         found, before = hashes(tmp_path / "out"), hashes(base)
         changed = {name for name in found if found[name] != before[name]}
         assert changed == {name for name in found if name.removesuffix(".weight").endswith(TARGETS)}
-        assert any("no mergekit.yaml: mergekit rounds an adapter (a)" in line for line in told.lines)
+        assert any("mergekit.yaml: mergekit rounds adapters (a) into their models" in line for line in told.lines)
         write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5}))  # whose interface is the adapter
         with pytest.raises(CheckpointError, match="cannot be the interface"):
             merge(tmp_path / "recipe.yaml", tmp_path / "two")

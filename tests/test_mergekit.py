@@ -272,6 +272,39 @@ parameters: {weight: 0.25}
         assert torch.equal(alone["model.norm.weight"], b["model.norm.weight"])
         assert all(torch.allclose(alone[name], beside[name], atol=1e-7) for name in b)
 
+    def test_a_module_as_mergekit_writes_it(self, models, merged):
+        """Its parameters come before the file's."""
+        out = merged("""
+merge_method: task_arithmetic
+modules:
+  default:
+    parameters: {weight: 0.5, lambda: 0.5}
+    slices:
+      - {base_model: base, sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]}
+      - base_model: base
+        parameters: {weight: 1}
+        sources: [{model: base, layer_range: [2, 3]}, {model: b, layer_range: [2, 3]}]
+parameters: {lambda: 3, normalize: false}
+tokenizer: {}
+""")
+
+        def value(n, i, base, a, b):
+            first = i in (0, 1) or "embed" in n
+            return base + 0.25 * (a - base) if first else base + 0.5 * (b - base)
+
+        expect(out, models, value)
+        flat = merged(f"{ONE_AND_THREE}parameters: {{lambda: 0.5}}")
+        data = yaml.safe_load(ONE_AND_THREE)
+        data["modules"] = {"default": {"models": data.pop("models"), "parameters": {"lambda": 0.5}}}
+        nested = merged(yaml.safe_dump(data))
+        assert all(torch.equal(flat[name], tensor) for name, tensor in nested.items())
+
+    def test_a_mean_closer_than_ours_gets(self, models, merged):
+        """Model cards ask for 1200 steps and 1e-10; YAML takes 1e-10 for a text."""
+        text = "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: "
+        one, two = merged(text + "{max_iter: 1200, tol: 1e-10}"), merged(text + "{max_iter: 1000, tol: 1.0e-9}")
+        assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+
     def test_few_rules_say_it(self, models, tmp_path):
         (models / "recipe.yaml").write_text("""
 merge_method: slerp

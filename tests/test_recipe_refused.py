@@ -64,7 +64,18 @@ class TestRefused:
             ("merge_method: linear\nmodels: [{model: a}, {model: b}]", 2, "models.0.parameters", "weight is missing"),
             (f"merge_method: slerp\nbase_model: b\n{MODELS}\nparameters: {{t: 0.5}}", 3, "models", "expected 2 models"),
             ("merge_method: linear\nmodels:\n- {model: a}\n- {model: a}", 4, "models.1", "a is named twice"),
-            ("merge_method: linear\nmodels:\n- {model: a+lora}", 3, "models.0.model", "merge_and_unload"),
+            *((f"merge_method: linear\nmodels:\n- {{model: {model}}}", 3, "models.0.model", f"MODEL+ADAPTER, got {got}")
+              for model, got in (("a+", "'a+'"), ("a+b+c", "'a+b+c'"), ("{model: a, lora: 3}", "{'model': 'a', 'l"))),
+            (f"merge_method: linear\n{MODELS}\nmodules: {{default: {{{MODELS}}}}}", 1, "mergekit",
+             "got modules and models"),
+            (f"merge_method: linear\nmodules:\n  default: {{{MODELS}}}\n  vision: {{{MODELS}}}", 2, "modules",
+             "merges of several modules are not here"),
+            ("merge_method: linear\nmodules:\n  default:\n    models: []", 3, "modules.default", "got neither"),
+            ("merge_method: linear\nmodules:\n  default:\n    models:\n    - {modle: a}", 5, "modules.default.models.0",
+             "the key 'model' is missing"),
+            ("merge_method: passthrough\nmodules:\n  default:\n    slices:\n"
+             "    - sources: [{model: a, layer_range: [0, 2]}]", 5,
+             "modules.default.slices.0.sources.0.layer_range", "the slices end at layer 2"),
             (f"merge_method: linear\n{MODELS}\nparameters:\n  weight: [1, {{value: 2}}]", 4, "parameters.weight.0",
              "expected {filter: TEXT, value: NUMBER}"),
             (f"merge_method: linear\n{MODELS}\nparameters: {{weight: much}}", 3, "parameters.weight", "got 'much'"),
@@ -88,7 +99,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            *((text, "") for text in ("[]", "a: 1", "{", "--- {}\n--- {}", "version: 2", "version: 1\nsources: []")),
+            *((text, "") for text in ("[]", "a: 1", "{", "version: 2", "version: 1\nsources: []")),
+            ("name: one\nmerge_method: ties\n---\nmerge_method: linear", "as mergekit-multi reads them"),
             ("merge_method: linear\nmerge_method: ties", "the key 'merge_method' is there twice"),
             ("dtype: bfloat16\nexperts: [{source_model: a}]", ":2: experts: this is a file of mergekit-moe"),
             ("merge_method: linear\n1: 2", "expected text as a key, got 1"),

@@ -17,8 +17,8 @@ _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "modules", "name",
 }  # fmt: skip
-_OF_MODELS, _OF_SOURCES = ("model", "parameters"), ("model", "layer_range", "parameters")
-_OF_SLICES = ("sources", "base_model", "parameters")
+_OF_INPUTS, _OF_SOURCES = ("model", "parameters"), ("model", "layer_range", "parameters")
+_OF_SLICES, _OF_MODULES = ("sources", "base_model", "parameters"), ("models", "slices", "parameters")
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,20 @@ class Document:
         """Name -> model as the file has it."""
         self.places: dict[str, Place] = {}
         """Name -> where the file names it first."""
+        self.adapters: dict[str, str] = {}
+        """Name of an adapter -> that of the model in front of its +."""
         self.tokenizer: str | None = None
         """The key that says whose tokenizer the result has."""
         self.method: str = _known_method(data["merge_method"])
         self.dialect: Dialect = DIALECTS[self.method]
         self._note_unknown(data, _KEYS, ())
-        self.base_model = self._base_model(data)
+        holder, self._inside = self._module(data)
+        self.base_model = self._base_model(data, holder)
         self.base = None if self.dialect.base is Base.IGNORED else self.base_model
-        self.shared = self._parameters(data, ())
-        self.slices = tuple(self._slices(data))
+        scopes = {self._inside: holder, (): data}  # the same, unless there is a module
+        self.shared = tuple(self._parameters(scope, place) for place, scope in scopes.items())
+        """What holds for all slices, the nearest first."""
+        self.slices = tuple(self._slices(holder))
         self.origin = self.base or self.slices[0].inputs[0].name
         self.interface = self._interface(data)
         self.dtype = self._dtype(data)
@@ -83,14 +88,29 @@ class Document:
         """What adapters among the models were trained on: our recipe's base, unless the file has another."""
         return self.origin if self.base_model in (None, self.origin) else None
 
-    def _base_model(self, data: Mapping[str, Any]) -> str | None:
+    def _module(self, data: Mapping[str, Any]) -> tuple[Mapping[str, Any], Place]:
+        """What has the models or slices, and where it stands: the file, or its one module (as mergekit writes it)."""
+        if not (modules := data.get("modules")):
+            return data, ()
+        place: Place = ("modules", "default")
+        if given := [key for key in ("models", "slices") if data.get(key)]:
+            raise MergekitError(
+                (), f"expected one of models, slices and modules, got modules and {' and '.join(given)}"
+            )
+        if not isinstance(modules, dict) or list(modules) != ["default"] or not isinstance(modules["default"], dict):
+            raise MergekitError(("modules",), "expected the module 'default' alone, with models or slices: merges of "
+                                "several modules are not here")  # fmt: skip
+        self._note_unknown(modules["default"], _OF_MODULES, place)
+        return modules["default"], place
+
+    def _base_model(self, data: Mapping[str, Any], holder: Mapping[str, Any]) -> str | None:
         """The file's, or what all slices have as theirs."""
         if (base := data.get("base_model")) is not None:
             return self._name(base, ("base_model",))
-        slices = data.get("slices")
+        slices = holder.get("slices")
         found = [s.get("base_model") for s in slices if isinstance(s, dict)] if isinstance(slices, list) else []
         if found and found[0] is not None and all(model == found[0] for model in found):
-            return self._name(found[0], ("slices", "0", "base_model"))
+            return self._name(found[0], (*self._inside, "slices", "0", "base_model"))
         return None
 
     def _note_unknown(self, data: Mapping[str, Any], known: Collection[str], place: Place) -> None:
@@ -102,25 +122,24 @@ class Document:
                 self.notes.append(f"{'.'.join((*place, key))}: ignored{why}")
 
     def _name(self, model: Any, place: Place) -> str:
-        if isinstance(model, dict) and isinstance(model.get("model"), dict | str) and set(model) == {"model"}:
-            model = model["model"]
-        if isinstance(model, dict) and set(model) <= {"path", "revision"} and "path" in model:
-            model = "@".join(str(part) for part in (model["path"], model.get("revision")) if part)
-        if not isinstance(model, str) or not model.strip():
-            raise MergekitError(place, f"expected a folder or the name of a model, got {model!r}")
-        if "+" in model:
-            raise MergekitError(
-                place, f"{model}: an adapter behind a + is not read here; merge it into its model first (peft's "
-                "merge_and_unload), and name the folder",
-            )  # fmt: skip
+        """What our recipe calls a model; of MODEL+ADAPTER the adapter, which rests on the model."""
+        parts = (_as_text(model) or "").split("+")
+        if not 1 <= len(parts) <= 2 or not all(part.strip() for part in parts):
+            raise MergekitError(place, f"expected a folder or the name of a model, or MODEL+ADAPTER, got {model!r}")
+        name = self._called(parts[0], None, place)
+        return self._called(parts[1], name, place) if parts[1:] else name
+
+    def _called(self, model: str, rests_on: str | None, place: Place) -> str:
         for name, path in self.paths.items():
-            if path == model:
+            if (path, self.adapters.get(name)) == (model, rests_on):
                 return name
         stem = re.sub(r"\W", "_", model.rstrip("/").rpartition("/")[2].partition("@")[0]).strip("_") or "model"
         names = (stem if i == 1 else f"{stem}_{i}" for i in range(1, len(self.paths) + 3))
         taken = {*self.paths, "base"} if self.paths else set()  # whoever is called so is what adapters rest on
         name = next(name for name in names if name not in taken)
         self.paths[name], self.places[name] = model, place
+        if rests_on is not None:
+            self.adapters[name] = rests_on
         return name
 
     def _parameters(self, data: Mapping[str, Any], place: Place) -> Parameters:
@@ -131,23 +150,22 @@ class Document:
         return Parameters(settings, place)
 
     def _slices(self, data: Mapping[str, Any]) -> Iterator[Slice]:
-        given = [key for key in ("models", "slices", "modules") if data.get(key)]
-        if given == ["modules"]:
-            raise MergekitError(("modules",), "merges by module are not here; the nearest is models: or slices:")
+        given = [key for key in ("models", "slices") if data.get(key)]
         if len(given) != 1:
-            raise MergekitError((), f"expected one of models and slices, got {' and '.join(given) or 'neither'}")
-        entries = data[given[0]]
+            found = " and ".join(given) or "neither"
+            raise MergekitError(self._inside, f"expected one of models and slices, got {found}")
+        entries, place = data[given[0]], (*self._inside, given[0])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             what = "- model: FOLDER" if given == ["models"] else "- sources: [...]"
-            raise MergekitError((given[0],), f"expected a list, each entry of which is like {what}")
+            raise MergekitError(place, f"expected a list, each entry of which is like {what}")
         if given == ["models"]:
-            inputs = [self._input(entry, ("models", str(i)), _OF_MODELS) for i, entry in enumerate(entries)]
+            inputs = [self._input(entry, (*place, str(i)), _OF_INPUTS) for i, entry in enumerate(entries)]
             if self.base_model is not None and self.base_model not in [i.name for i in inputs]:
                 inputs.append(Input(self.base_model, Parameters({}, ("base_model", "parameters")), ("base_model",)))
             yield Slice(tuple(inputs), None, Parameters({}, ()))
             return
         for k, entry in enumerate(entries):
-            yield self._slice(entry, ("slices", str(k)))
+            yield self._slice(entry, (*place, str(k)))
 
     def _slice(self, entry: Mapping[str, Any], place: Place) -> Slice:
         sources = entry.get("sources")
@@ -178,7 +196,7 @@ class Document:
     def _check_slices(self) -> None:
         end = 0
         for k, s in enumerate(self.slices):
-            place: Place = ("models",) if s.layers is None else ("slices", str(k))
+            place = (*self._inside, *(("models",) if s.layers is None else ("slices", str(k))))
             names = [i.name for i in s.inputs]
             if twice := [i for i in s.inputs if names.count(i.name) > 1]:
                 raise MergekitError(twice[-1].place, f"{self.paths[twice[-1].name]} is named twice")
@@ -206,7 +224,7 @@ class Document:
     def _check_parameters(self) -> None:
         known = {**self.dialect.shared, **self.dialect.own}
         inputs, slices = [i for s in self.slices for i in s.inputs], [s.shared for s in self.slices]
-        scopes: list[tuple[Parameters, Mapping[str, Any]]] = [(p, known) for p in (self.shared, *slices)]
+        scopes: list[tuple[Parameters, Mapping[str, Any]]] = [(p, known) for p in (*self.shared, *slices)]
         scopes += [(i.own, {} if i.name == self.base else self.dialect.own) for i in inputs]
         for parameters, here in scopes:
             for name, setting in parameters.settings.items():
@@ -226,7 +244,7 @@ class Document:
         return f": no parameter of {self.method}{did_you_mean(name, known)}"
 
     def _interface(self, data: Mapping[str, Any]) -> str:
-        default = self.base_model or self.slices[0].inputs[0].name
+        default = self._whole(self.base_model or self.slices[0].inputs[0].name)
         source, place = data.get("tokenizer_source"), ("tokenizer_source",)
         if (tokenizer := data.get("tokenizer")) is not None:
             place = ("tokenizer",)
@@ -245,7 +263,11 @@ class Document:
             self.notes.append(f"{place[0]}: union is read as base: the same for equal vocabularies, but for padding")
         if source in (None, "base", "union"):
             return default
-        return self._name(source.removeprefix("model:") if isinstance(source, str) else source, place)
+        return self._whole(self._name(source.removeprefix("model:") if isinstance(source, str) else source, place))
+
+    def _whole(self, name: str) -> str:
+        """An adapter's model: it has no tokenizer of its own."""
+        return self.adapters.get(name, name)
 
     def _dtype(self, data: Mapping[str, Any]) -> str | None:
         """What is asked for of the files. Merging is in float32 whatever is asked."""
@@ -255,6 +277,16 @@ class Document:
                     raise MergekitError((key,), f"expected one of {', '.join(DTYPES)}, got {name!r}")
                 return plain
         return None
+
+
+def _as_text(model: Any) -> str | None:
+    """A model as "FOLDER", "ORG/NAME@REVISION" or "MODEL+ADAPTER"; mergekit writes mappings too. None if it is none."""
+    if isinstance(model, dict) and "model" in model and set(model) <= {"model", "lora"}:
+        parts = [_as_text(model[key]) for key in ("model", "lora") if model.get(key) is not None]
+        return None if None in parts else "+".join(map(str, parts))
+    if isinstance(model, dict) and set(model) <= {"path", "revision"} and "path" in model:
+        return "@".join(str(part) for part in (model["path"], model.get("revision")) if part)
+    return model if isinstance(model, str) else None
 
 
 def _known_method(name: Any) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from evo.merge import get_method
+
 Said = tuple[dict[str, float], dict[str, float]]
 """Coefficients and knobs of a rule."""
 REQUIRED = None
@@ -148,7 +150,9 @@ def _on_sphere(weights: dict[str, float], origin: str) -> Said:
 
 def _karcher(merge: Merge) -> Said:
     shares = dict.fromkeys(merge.inputs, 1.0 / len(merge.inputs))
-    return _but(shares, merge.origin), dict(merge.shared)
+    n, tol = get_method("karcher").knobs["max_iter"].high, get_method("karcher").knobs["tol"].low
+    closest = {"max_iter": min(merge.shared["max_iter"], n), "tol": max(merge.shared["tol"], tol)}
+    return _but(shares, merge.origin), closest  # files ask for 1200 and 1e-10, which float32 does not tell from these
 
 
 def _whole(merge: Merge) -> Said:

@@ -33,7 +33,7 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
     """
     layout = sources[document.origin].layout
     if (layers := document.slices[-1].layers) and layers[1] != layout.n_blocks:
-        where = ("slices", str(len(document.slices) - 1), "sources", "0", "layer_range")
+        where = (*document.slices[-1].inputs[0].place, "layer_range")
         raise MergekitError(
             where, f"the slices end at layer {layers[1]}, the models at {layout.n_blocks}: layers are neither left out "
             "nor repeated here",
@@ -48,7 +48,7 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
 
 
 def _note_idle_filters(document: Document, tensors: Sequence[str]) -> None:
-    scopes = [document.shared, *(p for s in document.slices for p in (s.shared, *(i.own for i in s.inputs)))]
+    scopes = [*document.shared, *(p for s in document.slices for p in (s.shared, *(i.own for i in s.inputs)))]
     for scope in scopes:
         for name, setting in scope.settings.items():
             document.notes += [f"{'.'.join((*scope.place, name, i))}: {why}" for i, why in idle(setting, tensors)]
@@ -60,12 +60,12 @@ def _say(document: Document, part: Part, n_blocks: int) -> _Said:
     tensor = part.tensor
     dialect = document.dialect
     shared = {
-        name: _value(name, default, [within.shared, document.shared], tensor, t)
+        name: _value(name, default, [within.shared, *document.shared], tensor, t)
         for name, default in dialect.shared.items()
     }
     own = {
         i.name: {
-            name: _value(name, default, [i.own, within.shared, document.shared], tensor, t)
+            name: _value(name, default, [i.own, within.shared, *document.shared], tensor, t)
             for name, default in dialect.own.items()
         }
         for i in within.inputs
@@ -111,7 +111,7 @@ def _value(name: str, default: float | None, scopes: list[Parameters], tensor: s
 
 def _place_of(parameter: str, document: Document, within: Slice) -> Place:
     """Where the file sets a parameter first."""
-    scopes = [*(i.own for i in within.inputs), within.shared, document.shared]
+    scopes = [*(i.own for i in within.inputs), within.shared, *document.shared]
     found = next((scope.place for scope in scopes if parameter in scope.settings), None)
     return (*found, parameter) if found is not None else ("merge_method",)
 

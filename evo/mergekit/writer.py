@@ -61,8 +61,14 @@ def write_mergekit(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> tuple[s
     rules = {name: _as_linear(assigned[tied.get(name, name)], recipe.base) for name in assigned}
     context = _context(recipe, list(rules.values()))
     tensors = {name: _say(context, rule) for name, rule in rules.items()}
-    data = _document(recipe, context, tensors, dtype)
+    adapters = {name: source.rests_on or recipe.footing for name, source in recipe.sources.items()
+                if isinstance(sources[name], Adapter)}  # fmt: skip
+    places = {name: source.place for name, source in recipe.sources.items()}
+    places |= {name: f"{places[model]}+{places[name]}" for name, model in adapters.items()}
+    data = _document(recipe, context, tensors, dtype, places)
     notes = []
+    if adapters:
+        notes.append(f"mergekit rounds adapters ({', '.join(adapters)}) into their models before it merges")
     if get_method(context.method).random:
         notes.append(
             "mergekit draws random masks of its own, and rescales by one factor a tensor: not the same weights"
@@ -73,8 +79,6 @@ def write_mergekit(recipe: Recipe, sources: Mapping[str, Checkpoint]) -> tuple[s
 
 
 def _check_sources(sources: Mapping[str, Checkpoint]) -> None:
-    if adapters := [name for name, source in sources.items() if isinstance(source, Adapter)]:
-        raise CannotSayError(f"mergekit rounds an adapter ({', '.join(adapters)}) into its model before it merges")
     if unscored := [name for name, source in sources.items() if source.layout.unscored]:
         raise CannotSayError(f"{', '.join(unscored)}: mergekit merges or drops the tensors that text does not use")
     if common_rows(sources):
@@ -113,17 +117,19 @@ def _context(recipe: Recipe, rules: Sequence[Rule | None]) -> _Context:
     return _Context(method, recipe.base, donors, bool(origins) and origins.pop())
 
 
-def _document(recipe: Recipe, context: _Context, tensors: Mapping[str, _Tensor], dtype: str) -> dict[str, Any]:
+def _document(
+    recipe: Recipe, context: _Context, tensors: Mapping[str, _Tensor], dtype: str, places: Mapping[str, str]
+) -> dict[str, Any]:
     weighs_base = any(context.base in tensor.own for tensor in tensors.values())
     models = [context.base, *context.donors] if weighs_base or not _has_base(context) else list(context.donors)
-    data: dict[str, Any] = {"merge_method": context.method, "models": [_model(recipe, m, tensors) for m in models]}
+    data: dict[str, Any] = {"merge_method": context.method, "models": [_model(places[m], m, tensors) for m in models]}
     base_model = None
     if _has_base(context):
         base_model = context.base
     elif context.method in ("linear", "karcher") and recipe.interface in models:
         base_model = recipe.interface  # names the config and the tokenizer only
     if base_model:
-        data["base_model"] = recipe.sources[base_model].place
+        data["base_model"] = places[base_model]
     shared = {name for tensor in tensors.values() for name in tensor.shared}
     if shared:
         data["parameters"] = {
@@ -132,7 +138,7 @@ def _document(recipe: Recipe, context: _Context, tensors: Mapping[str, _Tensor],
         }
     data |= {"dtype": "float32", "out_dtype": dtype}
     if recipe.interface != base_model:
-        data["tokenizer_source"] = recipe.sources[recipe.interface].place
+        data["tokenizer_source"] = places[recipe.interface]
     return data
 
 
@@ -143,13 +149,13 @@ def _has_base(context: _Context) -> bool:
     return context.method not in ("linear", "karcher", "passthrough")
 
 
-def _model(recipe: Recipe, name: str, tensors: Mapping[str, _Tensor]) -> dict[str, Any]:
+def _model(place: str, name: str, tensors: Mapping[str, _Tensor]) -> dict[str, Any]:
     parameters = {p for tensor in tensors.values() for p in tensor.own.get(name, ())}
     said = {
         parameter: _setting({t: x.own[name][parameter] for t, x in tensors.items() if parameter in x.own.get(name, ())})
         for parameter in sorted(parameters, reverse=True)
     }
-    return {"model": recipe.sources[name].place, **({"parameters": said} if said else {})}
+    return {"model": place, **({"parameters": said} if said else {})}
 
 
 def _setting(values: Mapping[str, float | bool]) -> Any:

@@ -1,6 +1,6 @@
 """Files of mergekit's YAML that both sides merge, and recipes of ours that are exported as such files.
 
-Models are called by the names of the parents.
+Models are called by the names of the parents; lora is an adapter.
 """
 
 from search_spaces.layout import Role
@@ -109,6 +109,29 @@ merge_method: nearswap
 base_model: base
 models: [{model: base}, {model: a}]
 parameters: {t: [0.01, 0.03]}
+""",
+    "task_arithmetic in a module, as mergekit writes it": """
+merge_method: task_arithmetic
+base_model: base
+modules:
+  default:
+    parameters: {weight: 0.4, lambda: 0.9}
+    slices:
+      - sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]
+      - sources: [{model: a, layer_range: [2, 3], parameters: {weight: 0.7}}, {model: base, layer_range: [2, 3]}]
+parameters: {lambda: 0.1}
+""",
+    "ties, a donor with an adapter": """
+merge_method: ties
+base_model: base
+models: [{model: a+lora, parameters: {weight: 0.6}}, {model: b, parameters: {weight: 0.5}}]
+parameters: {density: 0.5}
+""",
+    "slerp, a base with an adapter": """
+merge_method: slerp
+base_model: a+lora
+models: [{model: b}]
+parameters: {t: [0.2, 0.6]}
 """,
 }
 """What it shows -> text."""

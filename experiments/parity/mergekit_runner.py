@@ -12,7 +12,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-OPTIONS = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0, num_threads=1)
+JOBS = Path(sys.argv[1])
+OPTIONS = MergeOptions(
+    copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0, num_threads=1,
+    lora_merge_cache=str(JOBS.parent / "with_adapters"),
+)  # fmt: skip
 
-for config, folder in json.loads(Path(sys.argv[1]).read_text()):
+for config, folder in json.loads(JOBS.read_text()):
     run_merge(MergeConfiguration.model_validate(config), folder, OPTIONS)

@@ -23,6 +23,7 @@ import torch
 import yaml
 from cases import DETERMINISTIC, RANDOM, Case
 from files import EXPORTS, FILES
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +39,7 @@ CONFIG = LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64,
 )  # fmt: skip
-NAMES = ("base", "a", "b", "c")
+NAMES, ADAPTED = ("base", "a", "b", "c"), ("q_proj.weight", "down_proj.weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Tensors = dict[str, Tensor]
 
@@ -95,8 +96,8 @@ def compare(folder: Path, python: Path) -> dict[str, Any]:
 
 def file_texts(parents: dict[str, str]) -> dict[str, str]:
     """YAML of mergekit's by what it shows: written by hand, and exported from recipes of ours."""
-    hand = {name: re.sub(r"\b(model|base_model): (\w+)", lambda m: f"{m[1]}: {parents[m[2]]}", text)
-            for name, text in FILES.items()}  # fmt: skip
+    places = {**parents, "lora": str(Path(parents["a"]).parent / "lora")}
+    hand = {name: re.sub(r"(?<=model: )\w+|(?<=\+)lora", lambda m: places[m[0]], text) for name, text in FILES.items()}
     return hand | {f"export: {name}": write_mergekit(*_recipe(rules, parents))[0] for name, rules in EXPORTS.items()}
 
 
@@ -120,7 +121,9 @@ def _file(name: str, text: str, theirs: Tensors, parents: dict[str, str], folder
 
 
 def make_parents(folder: Path, dtype: str) -> dict[str, str]:
-    """Checkpoints name -> folder: task vectors far larger than the base, and no two magnitudes of one alike."""
+    """Checkpoints name -> folder: task vectors far larger than the base, and no two magnitudes of one alike. Beside
+    them an adapter of a.
+    """
     torch.manual_seed(0)
     base: Tensors = {}
     for name in NAMES:
@@ -130,7 +133,23 @@ def make_parents(folder: Path, dtype: str) -> dict[str, str]:
             base.setdefault(key, parameter.data.clone())
         model.config.dtype = DTYPES[dtype]
         model.save_pretrained(folder / name)
+    make_adapter(folder / "a", folder / "lora")
     return {name: str(folder / name) for name in NAMES}
+
+
+def make_adapter(model: Path, folder: Path) -> None:
+    """A LoRA of rank 4 for some of a model's matrices, as peft saves one."""
+    factors: Tensors = {}
+    for name, tensor in tensors_of(model).items():
+        if name.endswith(ADAPTED):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = 0.1 * torch.randn(4, tensor.shape[1])
+            factors[f"{module}.lora_B.weight"] = 0.1 * torch.randn(tensor.shape[0], 4)
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = [name.split(".")[-2] for name in ADAPTED]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "target_modules": modules}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def _drawn(shape: torch.Size, base: Tensor | None, dtype: torch.dtype) -> Tensor:
