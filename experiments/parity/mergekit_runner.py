@@ -1,7 +1,7 @@
 """Runs inside mergekit's own environment: python mergekit_runner.py JOBS.json
 
-JOBS.json lists [config, folder]; each config is merged into its folder. One process, since starting one takes
-longer than merging a tiny checkpoint.
+JOBS.json lists [config, folder]; each config is merged into its folder, or error.txt in it says why not. One process,
+since starting one takes longer than merging a tiny checkpoint.
 """
 
 import json
@@ -19,4 +19,8 @@ OPTIONS = MergeOptions(
 )  # fmt: skip
 
 for config, folder in json.loads(JOBS.read_text()):
-    run_merge(MergeConfiguration.model_validate(config), folder, OPTIONS)
+    try:
+        run_merge(MergeConfiguration.model_validate(config), folder, OPTIONS)
+    except RuntimeError as error:
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "error.txt").write_text(str(error))

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import yaml
+from architectures import SHOWN, configs
 from cases import DETERMINISTIC, RANDOM, Case
 from files import EXPORTS, FILES
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from evo.checkpoint import Checkpoint
 from evo.materializer import Materializer
@@ -70,28 +71,41 @@ def compare(folder: Path, python: Path) -> dict[str, Any]:
     parents = {dtype: make_parents(folder / dtype, dtype) for dtype in DTYPES}
     modes = {"float32": ("float32", "float32"), "bfloat16": ("float32", "bfloat16"), "pure": ("bfloat16", "bfloat16")}
     jobs: dict[tuple[str, str], Path] = {}
-    configs: list[list[Any]] = []
+    todo: list[list[Any]] = []
     for mode, dtypes in modes.items():
         for case in [*DETERMINISTIC, *RANDOM] if mode == "float32" else DETERMINISTIC:
             out = jobs[mode, case.name] = folder / f"{mode}-{len(jobs)}"
-            configs.append([case.config(parents["float32" if mode == "float32" else "bfloat16"], *dtypes), str(out)])
+            todo.append([case.config(parents["float32" if mode == "float32" else "bfloat16"], *dtypes), str(out)])
     texts = file_texts(parents["float32"])
     for name, text in texts.items():
         jobs["file", name] = folder / f"file-{len(jobs)}"
-        config = {"dtype": "float32", **yaml.safe_load(text)}
-        config.pop("tokenizer_source", None)  # these parents have no tokenizer
-        configs.append([config, str(jobs["file", name])])
-    (folder / "jobs.json").write_text(json.dumps(configs))
+        todo.append([as_job(text), str(jobs["file", name])])
+    others = {name: make_parents(folder / name, "float32", config) for name, config in configs().items()}
+    for name in others:
+        for shown in SHOWN:
+            out = jobs[name, shown] = folder / f"{name}-{len(jobs)}"
+            todo.append([as_job(file_texts(others[name])[shown]), str(out)])
+    (folder / "jobs.json").write_text(json.dumps(todo))
     subprocess.run([python, HERE / "mergekit_runner.py", folder / "jobs.json"], check=True)
-    theirs = {key: tensors_of(out) for key, out in jobs.items()}
+    theirs = {key: tensors_of(out) for key, out in jobs.items() if key[0] not in others}
     return {
         "mergekit": PACKAGES[1],
         "torch": torch.__version__,
         "n_parameters": sum(t.numel() for t in tensors_of(Path(parents["float32"]["base"])).values()),
         "deterministic": [_deterministic(case, theirs, parents) for case in DETERMINISTIC],
         "files": [_file(name, text, theirs["file", name], parents["float32"], folder) for name, text in texts.items()],
+        "architectures": [
+            _architecture(name, parents, {s: jobs[name, s] for s in SHOWN}, folder) for name, parents in others.items()
+        ],
         "random": [_random(case, theirs["float32", case.name], parents["float32"]) for case in RANDOM],
     }
+
+
+def as_job(text: str) -> dict[str, Any]:
+    """A file as mergekit is given it: these parents have no tokenizer."""
+    config = {"dtype": "float32", **yaml.safe_load(text)}
+    config.pop("tokenizer_source", None)
+    return config
 
 
 def file_texts(parents: dict[str, str]) -> dict[str, str]:
@@ -120,14 +134,23 @@ def _file(name: str, text: str, theirs: Tensors, parents: dict[str, str], folder
     return found
 
 
-def make_parents(folder: Path, dtype: str) -> dict[str, str]:
+def _architecture(name: str, parents: dict[str, str], outs: dict[str, Path], folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"architecture": name, "max_abs": {}}
+    for shown, out in outs.items():
+        if (error := out / "error.txt").exists():
+            return {**found, "mergekit": error.read_text().replace(str(folder), "")}
+        found["max_abs"][shown] = _file(shown, file_texts(parents)[shown], tensors_of(out), parents, folder)["max_abs"]
+    return found
+
+
+def make_parents(folder: Path, dtype: str, config: PretrainedConfig = CONFIG) -> dict[str, str]:
     """Checkpoints name -> folder: task vectors far larger than the base, and no two magnitudes of one alike. Beside
     them an adapter of a.
     """
     torch.manual_seed(0)
     base: Tensors = {}
     for name in NAMES:
-        model = LlamaForCausalLM(CONFIG)
+        model = AutoModelForCausalLM.from_config(config)
         for key, parameter in model.named_parameters():
             parameter.data = _drawn(parameter.data.shape, base.get(key), DTYPES[dtype])
             base.setdefault(key, parameter.data.clone())
@@ -268,6 +291,12 @@ def table(results: dict[str, Any]) -> str:
     for row in results["files"]:
         back = f"{row['max_abs_back']:.1e}" if "max_abs_back" in row else ""
         lines.append(f"| {row['file']} | {row['max_abs']:.1e} | {back} |")
+    lines += ["", "| architecture | float32: max abs difference | |", "|---|---|---|"]
+    for row in results["architectures"]:
+        found = sorted(row["max_abs"].items(), key=lambda item: -item[1])
+        beyond = ", ".join(f"{value:.1e}: {name}" for name, value in found if value > 1e-5)
+        within = f"{max(value for _, value in found if value <= 1e-5):.1e}" if found else ""
+        lines.append(f"| {row['architecture']} | {within} | {beyond}{row.get('mergekit', '')} |")
     lines += [
         "",
         "| method | | keep rate | factor of what is kept, 5% to 95% | expectation / task vector: all, smaller half |",
