@@ -27,6 +27,7 @@ from transformers import (
 from evo import Search
 from evo.config import Config
 from evo.merge_file import merge
+from tests.adapters import make_adapter
 from tests.encoding import files_of
 from tests.synthetic import config_of
 
@@ -174,3 +175,11 @@ def merged(models: Path, tmp_path: Path) -> Callable[[str], dict[str, torch.Tens
         return files_of(tmp_path / "out")
 
     return run
+
+
+@pytest.fixture(scope="module")
+def llama_adapter(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Parents of which a is an adapter."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = make_checkpoint(folder / "base", "llama", 0)
+    return {"base": base, "a": make_adapter(folder / "a", base, 1), "b": make_checkpoint(folder / "b", "llama", 2)}

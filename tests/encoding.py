@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from evo.checkpoint import Checkpoint
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -106,3 +109,9 @@ def values_in(folder: Path, block=(16, 16)) -> dict[str, np.ndarray]:
         elif not name.endswith("_scale_inv"):
             found[name] = tensor.float().numpy()
     return found
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Of a checkpoint's files, without their headers: nothing in these checkpoints is unscored."""
+    sizes = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+    return sum(math.prod(h.shape) * sizes[h.dtype] for h in checkpoint.headers.values())

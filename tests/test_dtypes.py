@@ -13,9 +13,9 @@ from evo.checkpoint import CheckpointError
 from evo.merge.kernels import OFF
 from evo.merge_file import RecipeError, merge
 from search_spaces.recipe import Recipe
+from tests.adapters import make_adapter
 from tests.conftest import CONFIGS, make_checkpoint
 from tests.encoding import files_of, to_fp8
-from tests.test_adapter import make_adapter
 
 BIAS = "e_score_correction_bias"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -22,9 +22,9 @@ from evo.checkpoint import CheckpointError
 from evo.in_place import beside
 from evo.merge_file import RecipeError, merge
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.adapters import TARGETS, make_adapter
 from tests.conftest import make_checkpoint
 from tests.encoding import files_of
-from tests.test_adapter import TARGETS, make_adapter
 
 
 def write_recipe(folder, parents, *rules, base="base"):

@@ -19,9 +19,9 @@ from search_spaces.expert import expert
 from search_spaces.grouped import Ingredients
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.adapters import make_adapter
 from tests.conftest import make_checkpoint
 from tests.encoding import files_of
-from tests.test_adapter import make_adapter
 
 N_LAYERS = 3
 ONE_AND_THREE = """

@@ -8,8 +8,8 @@ import yaml
 from evo.checkpoint import CheckpointError
 from evo.merge_file import merge
 from search_spaces.recipe import Recipe
+from tests.adapters import expected_of, make_adapter
 from tests.encoding import files_of
-from tests.test_adapter import expected_of, make_adapter
 from tests.test_export import hashes
 
 SCALE = 6 / 4

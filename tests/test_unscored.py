@@ -16,9 +16,9 @@ from evo.materializer import Materializer
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.layout import parse_layout
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.adapters import make_adapter
 from tests.conftest import make_checkpoint
 from tests.encoding import files_of, to_fp8
-from tests.test_adapter import make_adapter
 from tests.test_materializer import exported, sources_of
 
 MTP = "model.layers.3."  # the model has blocks 0 to 2
