@@ -71,9 +71,12 @@ def test_compressing_is_counted_beside_what_is_kept_by_then(tmp_path, residency,
     rule = Rule("linear", {"a": 0.3, "b": 0.3})
     recipe = Recipe({n: Source(str(p)) for n, p in parents.items()}, "base", "base", (rule,))
     writer.write({**recipe.to_dict(), "compressed": True})
-    items = Sources(config, checkpoints).items(residency, "low_rank(2)", "host")
-    told = sum(item.n_bytes for item in items if item.where == "host")
+    host, gpu = (Sources(config, checkpoints).items(residency, "low_rank(2)", where) for where in ("host", "gpu"))
+    told = sum(item.n_bytes for item in host if item.where == "host")
     assert told == pytest.approx(max(*took, kept()), rel=0.07)  # a donor's difference is counted before it is made
+    beside = [next(i.n_bytes for i in items if i.what.startswith("compressing")) for items in (host, gpu)]
+    whole = 4 * 4000 * 32 + 1000  # where nothing is kept on the GPU
+    assert beside[1] == (beside[0] if residency is Residency.DEVICE else whole)
 
 
 @pytest.mark.parametrize("residency", [Residency.DEVICE, Residency.PINNED, Residency.DISK])

@@ -1,14 +1,16 @@
 """Peak anonymous memory of merges beyond the resident model, and of exports as a checkpoint grows.
 
-    python experiments/benchmarks/memory.py [write | export | 'write ties' ...]
+    python experiments/benchmarks/memory.py [write | tensors | export | 'write ties' ...]
 
-Every case is a process of its own, on seeded random checkpoints. Sources are mapped files: their pages are the
-kernel's to drop, and are not counted. Figures go to results.json.
+`write` merges into resident tensors with compiled loops, `tensors` the same on a machine without a compiler. Every case
+is a process of its own, on seeded random checkpoints. Sources are mapped files: their pages are the kernel's to drop,
+and are not counted. Figures go to results.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,19 +26,13 @@ from record import record, recorded
 from evo.checkpoint import Checkpoint
 from evo.export import write_checkpoint
 from evo.materializer import Materializer
+from evo.merge import METHODS, get_method
 from search_spaces.recipe import Recipe, Rule, Source
 
 LARGEST = (8192, 4096)
 """Shape of the embedding, the largest tensor."""
-METHODS = {
-    "linear": {},
-    "ties": {"density": 0.5},
-    "della": {"density": 0.5},
-    "sce": {"select_topk": 0.5},
-    "model_stock": {"filter_wise": 1.0},
-    "arcee_fusion": {},
-    "karcher": {},
-}
+KNOBS = {"density": 0.5, "select_topk": 0.5, "filter_wise": 1.0}
+"""Of methods that have them: what needs statistics."""
 N_DONORS = (2, 3, 5)
 N_LAYERS = (1, 4, 8)
 MIB = 1 << 20
@@ -53,7 +49,7 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1].startswith("["):
         print(case(*json.loads(sys.argv[1])))
         return
-    jobs = [("write", method, n, 1) for method in METHODS for n in N_DONORS]
+    jobs = [(kind, method, n, 1) for kind in ("write", "tensors") for method in METHODS for n in N_DONORS]
     jobs += [("export", "ties", 2, n_layers) for n_layers in N_LAYERS]
     with tempfile.TemporaryDirectory() as folder:
         for kind, method, n_donors, n_layers in jobs:
@@ -67,7 +63,8 @@ def main() -> None:
 def in_process(*arguments: object) -> int:
     """A case in a process of its own."""
     command = [sys.executable, __file__, json.dumps(arguments)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    env = {**os.environ, **({"PATH": "", "CXX": ""} if arguments[0] == "tensors" else {})}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
 def record_peak(name: str, peak: int) -> None:
@@ -91,7 +88,8 @@ def case(kind: str, method: str, n_donors: int, n_layers: int, folder: str) -> i
     if kind == "make":
         return 0
     checkpoints = {name: Checkpoint.open(path) for name, path in folders.items()}
-    rule = Rule(method, dict.fromkeys(names[1:], 0.3), knobs=METHODS[method])
+    knobs = {name: value for name, value in KNOBS.items() if name in get_method(method).knobs}
+    rule = Rule(method, dict.fromkeys(names[1:], 0.3), knobs=knobs)
     recipe = Recipe({name: Source(str(path)) for name, path in folders.items()}, "base", "a", (rule,))
     if kind == "export":
         return peak_extra(lambda: write_checkpoint(recipe, checkpoints, Path(folder) / "out", force=True))
