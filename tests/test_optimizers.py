@@ -2,6 +2,7 @@
 
 import pkgutil
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -107,9 +108,10 @@ def test_infeasible_sorts_after_feasible_and_failed_after_both():
     assert worst_feasible < little < much < es.scalarise(Outcome(None))
 
 
-def test_weights_of_the_wrong_number_are_refused():
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0]])
+def test_weights_that_are_not_two_positive_numbers_are_refused(weights):
     with pytest.raises(ValueError, match="expected 2 positive numbers"):
-        CmaEs(problem(), weights=[1.0])
+        CmaEs(problem(), weights=weights)
 
 
 def test_cma_es_starts_from_the_best_start():
@@ -118,6 +120,20 @@ def test_cma_es_starts_from_the_best_start():
     assert np.allclose(near, 0.5, atol=0.01)
     ends = replace(problem(), starts=problem().starts[:1])
     assert np.allclose(np.mean(CmaEs(ends, sigma=1e-3).ask(20), axis=0), 0.0, atol=0.01)
+    assert np.allclose(np.mean(CmaEs(ends, sigma=1e-3, start="center").ask(20), axis=0), 0.5, atol=0.01)
+
+
+def test_cma_es_starts_again_elsewhere_when_it_has_converged():
+    """Told the same of everything it stops; then it searches from a random mean with the first step size."""
+    optimizer, told, means = CmaEs(problem(), sigma=1e-3), 0, []
+    for _ in range(200):
+        genomes = optimizer.ask(optimizer.batch_size)
+        means.append(np.mean(genomes, axis=0))
+        for _ in genomes:
+            optimizer.tell(told, Outcome(np.ones(2)))
+            told += 1
+    jumps = [after for before, after in pairwise(means) if np.abs(after - before).max() > 0.1]
+    assert len(jumps) > 1 and np.std(jumps, axis=0).min() > 0.05
 
 
 def test_cma_es_is_diagonal_for_large_spaces():
@@ -142,8 +158,9 @@ def test_nsga2_covers_more_of_the_front_than_random_search():
     assert hypervolume(found) > hypervolume(random)
 
 
-def test_nsga2_proposes_nothing_twice():
-    optimizer = Nsga2(problem(), population=12)
+@pytest.mark.parametrize("crossover", [0.9, 0.0])
+def test_nsga2_proposes_nothing_twice(crossover):
+    optimizer = Nsga2(problem(), population=12, crossover=crossover)
     known = {start.genome.tobytes() for start in problem().starts}
     told = 0
     for _ in range(30):
@@ -172,6 +189,36 @@ def test_nsga2_with_more_starts_than_a_population_goes_on_at_once():
     optimizer = Nsga2(problem(), population=2, crossover=0.0, mutation=0.0)
     starts = [start.genome.tolist() for start in problem().starts]
     assert all(genome.tolist() in starts for genome in optimizer.ask(optimizer.batch_size))
+
+
+def test_nsga2_breeds_from_feasible_starts_before_better_infeasible_ones():
+    good, poor = np.zeros(2), np.ones(2)
+    outcomes = [Outcome(good, 0.1), Outcome(poor), Outcome(good, 0.2), Outcome(poor)]
+    genomes = [np.full(N, share, np.float32) for share in (0.1, 0.2, 0.3, 0.4)]
+    known = replace(problem(), starts=tuple(map(Start, genomes, outcomes)))
+    children = Nsga2(known, population=2, crossover=0.0, mutation=0.0).ask(20)
+    assert {float(genome[0]) for genome in children} <= {float(genomes[1][0]), float(genomes[3][0])}
+
+
+def test_order_of_tells_across_generations_changes_nothing():
+    def next_after(order):
+        optimizer = make("nsga2")
+        asked = [genome for _ in range(2) for genome in optimizer.ask(optimizer.batch_size)]
+        for i in order(range(len(asked))):
+            optimizer.tell(i, outcome(i, asked[i]))
+        return np.array(optimizer.ask(optimizer.batch_size))
+
+    assert np.array_equal(next_after(list), next_after(reversed))
+
+
+def test_nsga2_draws_what_a_failed_start_leaves_open():
+    failed = replace(problem(), starts=(*problem().starts, Start(np.full(N, 0.1, np.float32), Outcome(None))))
+    assert Nsga2(failed, population=10).batch_size == 10 - 3
+
+
+def test_nsga2s_children_are_near_their_parents_for_a_large_eta():
+    children = np.array(Nsga2(problem(), population=3, crossover=1.0, mutation=0.0, eta=1e4).ask(12))
+    assert np.abs(children[..., None] - [0.0, 0.5, 1.0]).min(axis=-1).max() < 0.01
 
 
 def test_a_sweep_is_evenly_spaced_and_ends():

@@ -46,7 +46,9 @@ class Batched(ABC):
     def tell(self, index: int, outcome: Outcome) -> None:
         """See Optimizer."""
         self._outcomes[index] = outcome
-        batch = range(self._n_told, self._n_told + self._sizes[0])
-        if all(i in self._outcomes for i in batch):
+        while self._sizes:  # a later batch may have waited for this one
+            batch = range(self._n_told, self._n_told + self._sizes[0])
+            if not all(i in self._outcomes for i in batch):
+                return
             self._n_told += self._sizes.popleft()
             self.tell_batch([self._outcomes.pop(i) for i in batch])
