@@ -65,6 +65,7 @@ def test_what_is_appended_is_read_back(ledger, tmp_path):
         assert np.array_equal(getattr(read, field), getattr(score(1), field))
     assert again.entries(Split.HELD_OUT)[0].feasible
     assert [e.seq for e in (first, second, done, lost, again.entries(Split.HELD_OUT)[0])] == [1, 2, 3, 4, 5]
+    assert again.last_seq() == 5
     again.close()
 
 
@@ -74,11 +75,29 @@ def test_genomes_are_kept_to_the_bit(ledger):
     assert ask.genome.tobytes() == genome.tobytes()
 
 
+def test_what_a_baseline_is_needs_no_space_to_read(ledger):
+    """It has a genome too, where the space can express it."""
+    baseline = Candidate(0, "average", Origin.BASELINE, 0, RECIPE, np.full(2, 0.5, np.float32))
+    (ask,) = ledger.append_asks([baseline])
+    assert ask.recipe == RECIPE and ask.genome.tolist() == [0.5, 0.5]
+
+
+def test_a_ledger_of_before_ids_is_known_by_when_it_was_made(ledger):
+    assert ledger.id == ledger.meta("id")
+    ledger.set_meta("id", None)
+    assert ledger.id == str(ledger.meta("created"))
+
+
 def test_nothing_is_changed_or_deleted(ledger, tmp_path):
     ledger.append_asks([candidate(0)])
     ledger.append_evaluation(evaluation(0), Split.SEARCH)
     db = sqlite3.connect(tmp_path / FILE)
-    for statement in ("DELETE FROM asks", "UPDATE evaluations SET losses = '[0, 0]'", "DELETE FROM outcomes"):
+    for statement in (
+        "DELETE FROM asks",
+        "UPDATE evaluations SET losses = '[0, 0]'",
+        "DELETE FROM outcomes",
+        "UPDATE problems SET ids = '[]'",
+    ):
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             db.execute(statement)
     db.close()
@@ -116,9 +135,17 @@ class TestRefused:
         with pytest.raises(LedgerError, match="not a ledger"):
             Ledger.open(tmp_path)
 
+    def test_what_was_overwritten_behind_its_first_page(self, ledger, tmp_path):
+        ledger.close()
+        with (tmp_path / FILE).open("r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * ((tmp_path / FILE).stat().st_size - 4096))
+        with pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged"):
+            Ledger.open(tmp_path)
+
     def test_an_older_format_is_read_as_it_is_and_renewed_before_it_is_appended_to(self, ledger, tmp_path):
-        ledger.set_meta("format", 2)
-        for read_only, found in ((True, 2), (False, FORMAT)):
+        ledger.set_meta("format", 1)
+        for read_only, found in ((True, 1), (False, FORMAT)):
             with closing(Ledger.open(tmp_path, read_only=read_only)) as again:
                 assert again.meta("format") == found
 
