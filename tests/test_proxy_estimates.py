@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fitness.proxy import ESTIMATORS
 from fitness.proxy.irt import ItemResponse
 from fitness.proxy.kriging import NUGGET, UNDERSTATED, Kriging, informative
-from fitness.proxy.order import choose
+from fitness.proxy.order import UNIFORM, choose
 
 RNG = np.random.default_rng(0)
 
@@ -33,13 +33,14 @@ def covariance_of(x):
 def test_kriging_is_the_conditional_mean_of_a_gaussian():
     """Against the textbook formula over all problems, summed up one by one."""
     found = references(n_problems=12)
-    seen = np.array([3, 7, 1])
-    observed = RNG.random((3, 2)) * [1, 30]
-    for m, estimate in enumerate(Kriging(found).estimate(seen, observed)):
-        x = found[:, :, m]
-        k = covariance_of(x)
-        everything = x.mean(0) + k[:, seen] @ np.linalg.inv(k[np.ix_(seen, seen)]) @ (observed[:, m] - x.mean(0)[seen])
-        assert estimate == pytest.approx(everything.mean(), rel=1e-6)
+    kriging = Kriging(found)
+    for seen in (np.array([3, 7, 1]), np.array([4, 11, 0])):
+        observed = RNG.random((3, 2)) * [1, 30]
+        for m, estimate in enumerate(kriging.estimate(seen, observed)):
+            x = found[:, :, m]
+            k, away = covariance_of(x), observed[:, m] - x.mean(0)[seen]
+            everything = x.mean(0) + k[:, seen] @ np.linalg.inv(k[np.ix_(seen, seen)]) @ away
+            assert estimate == pytest.approx(everything.mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -67,6 +68,16 @@ def test_the_deviation_of_kriging_is_that_of_a_gaussian_whose_scale_the_candidat
         left = k - k[:, seen] @ inverse @ k[seen]
         expected = np.sqrt(left.sum() / 144 * (away @ inverse @ away) / 3)
         assert deviation == pytest.approx(UNDERSTATED * expected, rel=1e-6)
+
+
+def test_the_deviation_of_item_response_is_that_of_a_sample_without_replacement():
+    """Two problems of three: their means over all three samples scatter by it, on average of the squares."""
+    everything = np.array([[0.0, 10.0], [1.0, 25.0], [1.0, 70.0]])
+    estimator = ItemResponse(references(5, 3), 2, ("error", "tokens"))
+    samples = [np.array(pair) for pair in ([0, 1], [0, 2], [1, 2])]
+    scatter = np.var([everything[some].mean(axis=0) for some in samples], axis=0)
+    said = [estimator.deviation(some, everything[some]) ** 2 for some in samples]
+    assert np.mean(said, axis=0) == pytest.approx(scatter)
 
 
 def test_deviations_vanish_with_every_problem_seen_and_cover_what_is_true():
@@ -125,7 +136,8 @@ def test_chosen_problems_predict_better_than_as_many_at_random():
 def test_an_order_asks_every_problem_once(n_problems, n_chosen, seed):
     order = choose(references(4, n_problems), n_chosen, seed)
     assert sorted(order.problems) == list(range(n_problems))
-    assert len(order.weights) == n_problems - order.n_chosen and (order.weights > 0).all()
+    assert len(order.weights) == n_problems - order.n_chosen
+    assert (order.weights > UNIFORM / max(1, len(order.weights))).all()  # an even share, and more
 
 
 def test_the_draw_follows_its_weights():

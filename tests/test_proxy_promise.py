@@ -28,4 +28,7 @@ def test_what_is_certain_gains_what_it_covers_alone():
     points = np.array([[0.1, 60.0], [0.6, 50.0], [0.5, 40.0], [0.9, 10.0]])
     found = Promise(front, box, np.full(2, np.inf)).of(points, np.zeros((4, 2)))
     assert found == pytest.approx([0.4 * 0.2 + 0.1 * 0.2, 0.0, 0.0, 0.1 * 0.3])
+    outside = np.array([[0.5, 40.0], [0.2, 120.0]])  # of the box, where the second adds nothing and takes nothing
+    found = Promise(outside, box, np.full(2, np.inf)).of(np.array([[0.1, 60.0], [0.1, 110.0]]), np.zeros((2, 2)))
+    assert found == pytest.approx([0.4 * 0.4, 0.0])
     assert Promise(np.zeros((0, 2)), box, np.full(2, np.inf)).of(points[:1], np.zeros((1, 2))) == pytest.approx([0.36])

@@ -24,7 +24,7 @@ def all_orders(n, weights):
         yield list(order), p
 
 
-@pytest.mark.parametrize("paired", [[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.5, 2.0]])
+@pytest.mark.parametrize("paired", [[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.5, 2.0], [0.0, 0.0, 2.0, 0.0]])
 def test_wealth_is_fair_under_the_null_by_enumeration(paired):
     """E[W] = 1 where the losses add up to the bar exactly: each of 24 orders, weighted by its probability."""
     from fitness.proxy.betting import _wealth
@@ -50,21 +50,30 @@ def test_a_bar_that_is_reached_is_refuted_with_at_most_alpha():
 
 
 def test_the_test_has_power_and_pairing_adds_to_it():
-    rng, found = np.random.default_rng(2), {"paired": 0, "apart": 0}
+    rng, found = np.random.default_rng(2), {"paired": 0, "apart": 0, "race": 0}
     for _ in range(100):
         member = (rng.random(300) < 0.4).astype(float)
         worse = np.where(rng.random(300) < 0.15, 1.0, member)
         bar = np.array([member.sum() - 3])
         for name, h in (("paired", member[None]), ("apart", np.zeros((1, 300)))):
             found[name] += evidence(worse[:100], np.ones(300), bar, h)[0] >= 20
-    assert found["paired"] > 60 and found["paired"] > found["apart"] + 20
+        race = Race(plain_order(300), np.array([0.01]), np.zeros((300, 1)), 0.05)  # pairs, in an order of its own
+        found["race"] += race.beaten_by(worse[race.order.problems[:100], None], member[None, :, None]) == 0
+    assert found["paired"] > 60 and min(found["paired"], found["race"]) > found["apart"] + 20
 
 
 def test_wealth_of_one_bet_by_hand():
     # First draw of 4 even ones, bar 2: Z = 4 x, so the factor is 1 + lambda (4 x - 2) / 2.
     gained = np.mean([1 + b * (4 * 1.0 - 2) / 2 for b in BETS])
     assert evidence(np.array([1.0]), np.ones(4), np.array([2.0]), np.zeros((1, 4)))[0] == pytest.approx(gained)
+    # Paired with h = 1 there: Z = 1 >= -3, a factor of 1 + lambda (1 - 2) / 5, and half of the stake goes on without.
+    paired = np.mean([1 + b * (1 - 2) / 5 for b in BETS])
+    h = np.array([[1.0, 0.0, 0.0, 0.0]])
+    assert evidence(np.array([1.0]), np.ones(4), np.array([2.0]), h)[0] == pytest.approx((paired + gained) / 2)
+    # A second loss of 0 is won back at most by half: the largest wealth is that of the first draw.
+    assert evidence(np.array([1.0, 0.0]), np.ones(4), np.array([2.0]), np.zeros((1, 4)))[0] == pytest.approx(gained)
     assert evidence(np.array([1.0]), np.ones(4), np.array([0.5]), np.zeros((1, 4)))[0] == np.inf
+    assert evidence(np.array([1.0]), np.ones(4), np.array([1.0]), np.zeros((1, 4)))[0] < np.inf  # the rest may be 0
     assert evidence(np.zeros(0), np.ones(4), np.array([2.0]), np.zeros((1, 4)))[0] == 1.0
 
 
@@ -95,6 +104,35 @@ def test_one_member_must_beat_it_in_both_objectives():
     race = Race(plain_order(n), np.zeros(2), np.zeros((n, 2)), 0.05)
     for k in (16, 64, 127):
         assert race.beaten_by(between[race.order.problems[:k]], np.array([brief, wordy])) is None
+
+
+def test_who_is_beaten_by_whom_member_by_member():
+    """One bet at a time, in words: what is left of a bar over the floor after the chosen problems, which are known."""
+    rng, n, n_chosen, found = np.random.default_rng(5), 40, 6, set()
+    for alpha in np.geomspace(0.9, 0.01, 100):
+        order = Order(rng.permutation(n), n_chosen, rng.uniform(0.5, 2.0, n - n_chosen))
+        floor = np.stack([np.zeros(n), rng.uniform(0, 20, n)], axis=1)
+        race = Race(order, np.array([0.05, 2.0]), floor, alpha)
+        hardness = rng.uniform(0, 1, (n, 2)) ** 3  # which all models share, so that pairing helps
+        candidate, *members = floor + hardness * rng.uniform(0.3, 1.7, (5, 1, 2)) * rng.uniform(0.8, 1, (5, n, 2)) * [
+            1,
+            30,
+        ]
+        seen, against = candidate[order.problems[:24]], []
+        for member in members:
+            weakest = np.inf
+            for m in range(2):
+                above = [candidate[j, m] - floor[j, m] for j in order.problems[:24]]
+                theirs = np.array([member[j, m] - floor[j, m] for j in order.problems])
+                bar = sum(theirs) - n * race.tolerance[m] - sum(above[:n_chosen])
+                later, rest = np.array(above[n_chosen:]), theirs[None, n_chosen:]
+                weakest = min(weakest, evidence(later, order.weights, np.array([bar]), rest)[0])
+            against.append(weakest)
+        strongest = max(range(4), key=lambda i: against[i])
+        expected = strongest if against[strongest] >= 4 / alpha else None  # four members share it
+        assert race.beaten_by(seen, np.array(members)) == expected
+        found.add(expected)
+    assert found == {None, 0, 1, 2, 3}
 
 
 def test_the_floor_settles_a_tie_and_a_candidate_below_it_is_raced_without():

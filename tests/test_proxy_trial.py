@@ -1,5 +1,7 @@
 """The collapse screen, and one candidate's way through a trial."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,14 @@ CUT, OK = Verdict.TRUNCATED, Verdict.CORRECT
 def test_a_loop_that_never_ends_is_collapse(verdicts, repeated, ended, collapsed):
     screen = Screen(4, np.array(ended))
     assert (screen.collapsed(score(verdicts, [99] * 4, repeated), np.arange(4)) is not None) == collapsed
+
+
+def test_the_screen_looks_only_at_problems_where_a_reference_ended():
+    """The second and the fourth asked, which run on; the others say nothing of a collapse."""
+    screen = Screen(2, np.array([False, False, True, True]))
+    asked = score([OK, CUT, OK, CUT], [9, 99, 9, 99])
+    asked.orderliness["repeated_ngrams"][[1, 3]] = 0.9
+    assert "first 2 problems ends, 90% of their n-grams" in screen.collapsed(asked, np.array([0, 2, 1, 3]))
 
 
 class Uniform:
@@ -94,6 +104,16 @@ def test_a_stopped_candidate_is_never_told_better_than_its_member():
     stop, n = run(trial(member), [Verdict.WRONG] * 64, [90] * 64)
     assert stop.member == 7 and n < 64
     assert (stop.losses >= member.mean(axis=0)).all() and stop.losses[0] > 0.5
+    assert stop.reason == f"cannot beat candidate 7, after {n} of 64 problems"
+    briefer, _ = run(trial(member, tolerance=0.5), [OK] * 64, [25] * 64)  # by less than the tolerance
+    assert briefer.losses == pytest.approx(member.mean(axis=0))
+
+
+def test_a_twin_is_estimated_as_its_member_whatever_problems_were_seen():
+    member, some = references(2, 64, seed=9)[1], np.arange(5)
+    rules = trial(member)
+    assert rules.estimator.estimate(some, member[some]) != pytest.approx(member.mean(axis=0))
+    assert rules.paired(member[some], some, member) == pytest.approx(member.mean(axis=0))
 
 
 def test_cut_off_answers_count_as_wrong_and_as_the_limit_through_the_proxy():
@@ -109,13 +129,27 @@ def test_a_candidate_that_has_answered_everything_is_not_stopped():
     assert run(trial(member, first=64), [Verdict.WRONG] * 64, [90] * 64) == (None, 64)
 
 
+def test_nobody_is_parked_where_nothing_has_to_be_promised():
+    member = np.stack([np.zeros(64), np.full(64, 30.0)], axis=1)
+    hopeless = Promise(np.zeros((1, 2)), np.array([1.0, 128.0]), np.full(2, np.inf))
+    assert run(replace(trial(member, tolerance=0.0), promise=hopeless), [OK] * 64, [30] * 64) == (None, 64)
+
+
+def test_a_screen_adds_a_block_only_before_the_first_look():
+    member = np.stack([np.zeros(64), np.full(64, 30.0)], axis=1)
+    sizes = {n: [len(block) for block in trial(member, screen=n).blocks()] for n in (0, 4, 8, 9)}
+    plain = [8, 8, 16, 32]
+    assert sizes == {0: plain, 4: [4, 4, 8, 16, 32], 8: plain, 9: plain}
+
+
 def test_all_are_parked_at_the_first_look_where_nothing_is_enough():
     member = np.stack([np.arange(64) % 2, np.full(64, 30.0)], axis=1).astype(float)
-    rules = trial(member, enough=np.inf)
-    stop, n = run(rules, [OK] * 64, [25] * 64)
-    seen = np.stack([np.zeros(8), np.full(8, 25.0)], axis=1)
-    assert n == 8 and stop.member is None and stop.promise > 0.1
-    assert stop.losses == pytest.approx(rules.estimator.estimate(rules.race.order.problems[:8], seen))
+    for screen in (0, 4):  # which is no look
+        rules = trial(member, enough=np.inf, screen=screen)
+        stop, n = run(rules, [OK] * 64, [25] * 64)
+        seen = np.stack([np.zeros(8), np.full(8, 25.0)], axis=1)
+        assert n == 8 and stop.member is None and stop.promise > 0.1
+        assert stop.losses == pytest.approx(rules.estimator.estimate(rules.race.order.problems[:8], seen))
 
 
 def test_a_parked_candidate_goes_on_from_where_it_was_and_only_while_it_promises():
