@@ -66,7 +66,10 @@ class Optimizer(Protocol):
     """How many proposals make the next generation."""
 
     def ask(self, n: int) -> list[Genome]:
-        """Propose the next n genomes; fewer, or none, when there is nothing left to try."""
+        """Propose the next n genomes; fewer, or none, when there is nothing left to try.
+
+        CMA-ES is told of a generation before it is asked for the next: pycma takes one tell for each ask.
+        """
         ...
 
     def tell(self, index: int, outcome: Outcome) -> None:
