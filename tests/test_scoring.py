@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from evo.cli import app
-from evo.scoring import harness, score_checkpoint
+from evo.scoring import describe, harness, score_checkpoint
 from fitness.tasks.arithmetic import Arithmetic
 from fitness.types import Split
 from tests.conftest import CHIMERA, make_checkpoint
@@ -70,6 +70,34 @@ def test_samples_differ_and_a_table_is_printed(tmp_path):
         assert text in result.output
 
 
+def test_splits_and_seeds_are_those_asked_for(tmp_path):
+    path = make_checkpoint(tmp_path / "m", "llama", 0)
+    task = [{"kind": "arithmetic", "search": 4, "held_out": 6}]
+    engine = {"dtype": "float32", "device": "cpu", "max_tokens": 20, "decoding": {"samples": 2, "greedy": False}}
+    first, again, other = (score_checkpoint(path, task, engine, split=Split.SEARCH, seed=seed)[0] for seed in (1, 1, 2))
+    assert (first["split"], first["n_problems"], first["n_samples"]) == ("search", 4, 2)
+    assert first == again != other
+    assert score_checkpoint(path, task, engine)[0]["n_problems"] == 6
+
+
+def test_figures_as_a_table():
+    figures = {
+        "task": "gsm8k", "split": "held_out", "n_problems": 40, "n_samples": 2, "accuracy": 0.625,
+        "accuracy_stderr": 0.0625, "tokens_mean": 80.25, "tokens_mean_stderr": 3.5, "tokens_median": 71.0,
+        "tokens_p90": 144.0, "think_tokens_mean": 60.5, "well_formed": 0.95, "repeated_ngrams": 0.125,
+        "corrections_per_100": 1.25, "truncated": 0.05, "unparsable": 0.075, "grader_timeouts": 0.025,
+    }  # fmt: skip
+    assert describe(figures) == (
+        "gsm8k (held_out, n = 40 x 2 samples)\n"
+        "  accuracy      62.5 ± 6.2 %\n"
+        "  tokens        mean 80.2 ± 3.5, median 71, p90 144\n"
+        "  thinking      60.5 tokens, 95.0 % well-formed\n"
+        "  orderliness   12.5 % repeated n-grams, 1.25 self-corrections per 100 tokens\n"
+        "  truncated     5.0 %, without an answer 7.5 %, grader out of time 2.5 %"
+    )
+    assert describe({**figures, "n_samples": 1}).startswith("gsm8k (held_out, n = 40)\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +138,9 @@ def test_the_harness_is_asked_for_the_folder(monkeypatch, tmp_path):
     result = run(tmp_path, "--harness", "gsm8k", "--engine", "dtype=float32", "--limit", 3, "--json")
     assert json.loads(result.output) == [{"task": "gsm8k", "harness": {"gsm8k": {"exact_match": 0.5}}}]
     assert asked["model_args"] == {"pretrained": str(tmp_path), "dtype": "float32"} and asked["limit"] == 3
+    assert "device" not in asked  # automatic, which is the harness's own choice
+    run(tmp_path, "--harness", "gsm8k", "--engine", "device=cpu")
+    assert (asked["device"], asked["limit"]) == ("cpu", None)
     with pytest.raises(ValueError, match="knows no task 'none'"):
         harness(tmp_path, "none", dtype="float32", device="cpu", limit=None)
 

@@ -160,12 +160,14 @@ class TestFailures:
         assert len(entries_of(search)) == 7
         assert all(entry.status is Status.DONE for split in Split for entry in entries_of(search, split))
 
-    def test_of_all_candidates_end_a_search(self, tmp_path, monkeypatch):
-        write = Materializer.write
+    def test_of_all_candidates_in_a_row_end_a_search(self, tmp_path, monkeypatch):
+        write, n_writes = Materializer.write, []
 
         def picky(self, recipe):
             if len(recipe["rules"]) > 1:  # the space's; parents and their average have one rule, or none
-                raise ValueError("collapsed")
+                n_writes.append(1)
+                if len(n_writes) != 3:
+                    raise ValueError("collapsed")
             return write(self, recipe)
 
         monkeypatch.setattr(Materializer, "write", picky)
@@ -175,7 +177,9 @@ class TestFailures:
         search = Search.from_yaml(path, tmp_path / "run")
         with pytest.raises(SearchError, match=r"the last 6 candidates all failed, this one with ValueError: collapsed"):
             search.run()
-        assert [entry.status for entry in entries_of(search)] == [Status.DONE] * 3 + [Status.FAILED] * 6
+        assert [entry.status for entry in entries_of(search)] == [
+            *[Status.DONE] * 3, *[Status.FAILED] * 2, Status.DONE, *[Status.FAILED] * 6,
+        ]  # fmt: skip
 
     def test_of_a_merge_method_name_the_tensor(self, tmp_path, monkeypatch):
         monkeypatch.setitem(METHODS, "mine", f"{__name__}:MINE")
