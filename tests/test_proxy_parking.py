@@ -9,10 +9,11 @@ from evo import Search
 from evo.config import Budget
 from evo.history import History
 from evo.ledger import Ledger
-from evo.proxy import CLOSING, MEANWHILE
+from evo.proxy import CLOSING, MEANWHILE, Proxy
 from evo.terminal import print_status
 from evo.tracking.generations import Record
 from evo.types import Origin, Status
+from fitness.tasks.arithmetic import Arithmetic
 from fitness.types import Split
 from tests.searching import events
 from tests.test_proxy_search import N, of_search, opened, write_config
@@ -70,6 +71,28 @@ def test_the_front_is_of_what_answered_everything_and_misses_little(histories):
     assert all(row.losses == found[row.ask.id] for row in front.members)
     assert any(row.ask.origin is Origin.SEARCH for row in front.members)
     assert front.hypervolume >= 0.97 * full.hypervolume
+
+
+def test_by_which_rules_somebody_goes_on(runs, monkeypatch):
+    """A spent budget of candidates keeps nobody from it; only tokens and hours are used by it."""
+    with opened(runs) as found:
+        history = found["parked"]
+
+        def proxy(gain, seed=1):
+            config, task = runs["parked"].config, Arithmetic(search=N)
+            changes = {"proxy": config.proxy.model_copy(update={"gain": gain}), "seed": seed}
+            return Proxy(config.model_copy(update=changes), history, task)
+
+        assert history.share_spent() == 1.0
+        assert proxy(GAIN).next_parked(at_the_end=True) is None  # the search went on until nobody promised enough
+        history.later.clear()  # as if nobody had gone on
+        entry, rules = proxy(1e-9).next_parked(at_the_end=True)
+        assert entry.parked and rules.enough == 1e-9
+        monkeypatch.setattr("evo.proxy.MEANWHILE", 1e-8)
+        again, rules = proxy(1e-9).next_parked()
+        assert again == entry and rules.enough == 1e-8
+        orders = [proxy(GAIN, seed).trial().race.order.problems.tolist() for seed in (1, 2, 1)]
+        assert orders[0] == orders[2] != orders[1] and orders[0][:8] == orders[1][:8]  # chosen ones are not drawn
 
 
 def test_every_answer_is_paid_for_once(histories, capsys, runs):
