@@ -47,6 +47,7 @@ class Slice:
     layers: tuple[int, int] | None
     """From, to; None for all."""
     shared: Parameters
+    place: Place
 
 
 class Document:
@@ -162,7 +163,7 @@ class Document:
             inputs = [self._input(entry, (*place, str(i)), _OF_INPUTS) for i, entry in enumerate(entries)]
             if self.base_model is not None and self.base_model not in [i.name for i in inputs]:
                 inputs.append(Input(self.base_model, Parameters({}, ("base_model", "parameters")), ("base_model",)))
-            yield Slice(tuple(inputs), None, Parameters({}, ()))
+            yield Slice(tuple(inputs), None, Parameters({}, ()), place)
             return
         for k, entry in enumerate(entries):
             yield self._slice(entry, (*place, str(k)))
@@ -185,7 +186,7 @@ class Document:
                 raise MergekitError(where, f"layers {layers} would be merged with layers {ranges[0]} of another model;"
                                     " here a layer is merged with the same layer of the others only")  # fmt: skip
         inputs = [self._input(source, (*place, "sources", str(i)), _OF_SOURCES) for i, source in enumerate(sources)]
-        return Slice(tuple(inputs), tuple(ranges[0]), self._parameters(entry, place))
+        return Slice(tuple(inputs), tuple(ranges[0]), self._parameters(entry, place), place)
 
     def _input(self, entry: Mapping[str, Any], place: Place, known: Collection[str]) -> Input:
         if "model" not in entry:
@@ -195,15 +196,14 @@ class Document:
 
     def _check_slices(self) -> None:
         end = 0
-        for k, s in enumerate(self.slices):
-            place = (*self._inside, *(("models",) if s.layers is None else ("slices", str(k))))
+        for s in self.slices:
             names = [i.name for i in s.inputs]
             if twice := [i for i in s.inputs if names.count(i.name) > 1]:
                 raise MergekitError(twice[-1].place, f"{self.paths[twice[-1].name]} is named twice")
             if self.dialect.base is Base.REQUIRED and self.base is None:
                 raise MergekitError(("merge_method",), f"{self.method} needs a base_model")
             if self.base is not None and self.base not in names:
-                raise MergekitError(place, "expected the base_model among the sources of the slice")
+                raise MergekitError(s.place, "expected the base_model among the sources of the slice")
             n_donors = len(names) - (self.base is not None)
             for n, (low, high), what in (
                 (len(names), self.dialect.n_inputs, "models"),
@@ -212,10 +212,10 @@ class Document:
                 if not low <= n <= high:
                     wanted = low if low == high else f"at least {low}" if n < low else f"at most {high}"
                     listed = ", ".join(self.paths[name] for name in names)
-                    raise MergekitError(place, f"{self.method}: expected {wanted} {what}, got {n} ({listed})")
+                    raise MergekitError(s.place, f"{self.method}: expected {wanted} {what}, got {n} ({listed})")
             if s.layers is not None and s.layers[0] != end:
                 raise MergekitError(
-                    (*place, "sources", "0", "layer_range"),
+                    (*s.inputs[0].place, "layer_range"),
                     f"layers {list(s.layers)} would come to stand at {end}: stacking and reordering of layers is not "
                     "here. The nearest is a merge in which every layer keeps its place; mergekit stacks.",
                 )
