@@ -114,10 +114,8 @@ def test_who_is_beaten_by_whom_member_by_member():
         floor = np.stack([np.zeros(n), rng.uniform(0, 20, n)], axis=1)
         race = Race(order, np.array([0.05, 2.0]), floor, alpha)
         hardness = rng.uniform(0, 1, (n, 2)) ** 3  # which all models share, so that pairing helps
-        candidate, *members = floor + hardness * rng.uniform(0.3, 1.7, (5, 1, 2)) * rng.uniform(0.8, 1, (5, n, 2)) * [
-            1,
-            30,
-        ]
+        scatter = rng.uniform(0.3, 1.7, (5, 1, 2)) * rng.uniform(0.8, 1, (5, n, 2))
+        candidate, *members = floor + hardness * scatter * [1, 30]
         seen, against = candidate[order.problems[:24]], []
         for member in members:
             weakest = np.inf

@@ -76,15 +76,15 @@ def compare(folder: Path, python: Path) -> dict[str, Any]:
         for case in [*DETERMINISTIC, *RANDOM] if mode == "float32" else DETERMINISTIC:
             out = jobs[mode, case.name] = folder / f"{mode}-{len(jobs)}"
             todo.append([case.config(parents["float32" if mode == "float32" else "bfloat16"], *dtypes), str(out)])
-    texts = file_texts(parents["float32"])
+    texts = hand_texts(parents["float32"]) | export_texts(parents["float32"])
     for name, text in texts.items():
         jobs["file", name] = folder / f"file-{len(jobs)}"
         todo.append([as_job(text), str(jobs["file", name])])
     others = {name: make_parents(folder / name, "float32", config) for name, config in configs().items()}
-    for name in others:
+    for name, of_model in others.items():
         for shown in SHOWN:
             out = jobs[name, shown] = folder / f"{name}-{len(jobs)}"
-            todo.append([as_job(file_texts(others[name])[shown]), str(out)])
+            todo.append([as_job(hand_texts(of_model)[shown]), str(out)])
     (folder / "jobs.json").write_text(json.dumps(todo))
     subprocess.run([python, HERE / "mergekit_runner.py", folder / "jobs.json"], check=True)
     theirs = {key: tensors_of(out) for key, out in jobs.items() if key[0] not in others}
@@ -108,11 +108,15 @@ def as_job(text: str) -> dict[str, Any]:
     return config
 
 
-def file_texts(parents: dict[str, str]) -> dict[str, str]:
-    """YAML of mergekit's by what it shows: written by hand, and exported from recipes of ours."""
+def hand_texts(parents: dict[str, str]) -> dict[str, str]:
+    """YAML of mergekit's, written by hand, by what it shows."""
     places = {**parents, "lora": str(Path(parents["a"]).parent / "lora")}
-    hand = {name: re.sub(r"(?<=model: )\w+|(?<=\+)lora", lambda m: places[m[0]], text) for name, text in FILES.items()}
-    return hand | {f"export: {name}": write_mergekit(*_recipe(rules, parents))[0] for name, rules in EXPORTS.items()}
+    return {name: re.sub(r"(?<=model: )\w+|(?<=\+)lora", lambda m: places[m[0]], text) for name, text in FILES.items()}
+
+
+def export_texts(parents: dict[str, str]) -> dict[str, str]:
+    """The same, exported from recipes of ours."""
+    return {f"export: {name}": write_mergekit(*_recipe(rules, parents))[0] for name, rules in EXPORTS.items()}
 
 
 def _recipe(rules: tuple[Rule, ...], parents: dict[str, str]) -> tuple[Recipe, dict[str, Checkpoint]]:
@@ -139,7 +143,7 @@ def _architecture(name: str, parents: dict[str, str], outs: dict[str, Path], fol
     for shown, out in outs.items():
         if (error := out / "error.txt").exists():
             return {**found, "mergekit": error.read_text().replace(str(folder), "")}
-        found["max_abs"][shown] = _file(shown, file_texts(parents)[shown], tensors_of(out), parents, folder)["max_abs"]
+        found["max_abs"][shown] = _file(shown, hand_texts(parents)[shown], tensors_of(out), parents, folder)["max_abs"]
     return found
 
 
