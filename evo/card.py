@@ -59,13 +59,14 @@ def recipe_sections(recipe: Recipe, told: Sequence[str]) -> str:
         f"| `{(source.digest or 'unknown')[:16]}` |"
         for name, source in recipe.sources.items()
     )
+    own_template = ", but for the chat template, which the recipe has" if recipe.chat_template is not None else ""
     return f"""## Sources
 
 | name | checkpoint | content (SHA-256) |
 |---|---|---|
 {parents}
 
-Tokenizer, chat template, stop tokens and generation config: **{recipe.interface}**.
+Tokenizer, chat template, stop tokens and generation config: **{recipe.interface}**{own_template}.
 
 ## Recipe
 

@@ -18,6 +18,7 @@ from typing import Any
 from evo.accounting import ACCOUNTING_FILE, Account, account, summary, to_json
 from evo.assemble import build_space, open_sources, source_digests
 from evo.card import model_card
+from evo.chat_template import put_template
 from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.dtypes import config_in
@@ -181,6 +182,8 @@ def write_checkpoint(
         materializer = Materializer(sources)
         hashes = write_weights(materializer.stretches(recipe, rounding), interface, folder)
         _copy_interface(interface, recipe.dtype, folder)
+        if recipe.chat_template is not None:
+            put_template(recipe.chat_template, folder)
         told = replace(told or Told(), accounts=account(recipe, sources, materializer.copied))
         (folder / ACCOUNTING_FILE).write_text(to_json(told.accounts, hashes))
         for name, text in told.files.items():

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from evo.adapter import Footing, open_checkpoints
 from evo.card import merge_card
+from evo.chat_template import check_template
 from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible, differing_settings
 from evo.dtypes import store_as
@@ -113,6 +114,11 @@ def _read_recipe(
             Job.of(recipe, rule)
         except ValueError as error:
             raise RecipeError(at(file, lines, ("rules", str(i)), str(error))) from None
+    if recipe.chat_template is not None:
+        try:
+            check_template(recipe.chat_template)
+        except ValueError as error:
+            raise RecipeError(at(file, lines, ("chat_template",), str(error))) from None
     paths = {name: _located(source.place, file, f"{file}: {name}: ") for name, source in recipe.sources.items()}
     own = {name: source.rests_on for name, source in recipe.sources.items() if source.rests_on is not None}
     sources = opened(paths, Footing(recipe.footing, of=own), recipe.dtype)

@@ -130,6 +130,8 @@ class Recipe:
     dtype: str | None = None
     """What the merge is stored in, and sources may differ in: "float32", "float16" or "bfloat16"; None: each tensor in
     its own, which is that of all sources."""
+    chat_template: str | None = None
+    """The child's, as Jinja's text; None: that of the interface."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -161,6 +163,7 @@ class Recipe:
             "seed": self.seed,
             **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
             **({"dtype": self.dtype} if self.dtype else {}),
+            **({"chat_template": self.chat_template} if self.chat_template is not None else {}),
             "sources": {name: _drop_none(vars(source)) for name, source in self.sources.items()},
             "rules": [_rule_to_dict(rule) for rule in self.rules],
         }

@@ -89,6 +89,10 @@ class TestRefused:
              "- {model: b, parameters: {weight: -1}}", 3, "models.0.parameters.weight", "a negative weight"),
             ("merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 2}", 4, "parameters",
              "expected 0 to 1, got 2"),
+            *((f"merge_method: linear\n{MODELS}\nchat_template: {said}", 3, "chat_template", words) for said, words in (
+                ("mistral", "expected auto, chatml, llama3 or a template's text: 'mistral' is no text"),
+                ("{text: x}", "is no text of a template (in Jinja)"),
+                ('"{% for m in messages %}{{ m }}"', "Unexpected end of template"))),
         ],
     )  # fmt: skip
     def test_with_the_place_and_what_can_be_done(self, error, text, line, place, words):
@@ -118,6 +122,9 @@ class TestRefused:
             ("rules: {}", 5, "rules", "expected a list, got {}"),
             ("seed: x", 5, "seed", "a valid integer, got 'x'"),
             ("vocabulary: some", 1, "recipe", "expected 'same' or 'common', got 'some'"),
+            ('chat_template: "{% else %}"', 5, "chat_template", "Jinja cannot read this template"),
+            ("chat_template: chatml", 5, "chat_template", "'chatml' is no text of a template"),
+            ("chat_template: [1]", 5, "chat_template", "a valid string"),
             ("rules:\n- {method: linear, coefficients: {c: 1}}", 1, "recipe", "no source is called 'c'"),
             *(
                 (f"rules:\n- {{method: linear, coefficients: {{a: 1}}}}\n- {rule}", 7, f"rules.1{place}", words)

@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evo.chat_template import check_template
 from evo.errors import did_you_mean
+from evo.mergekit.chat_templates import CHAT_TEMPLATES
 from evo.mergekit.methods import DIALECTS, Base, Dialect
 from evo.mergekit.settings import MergekitError, check
 from evo.places import Place
@@ -81,6 +83,7 @@ class Document:
         self.origin = self.base or self.slices[0].inputs[0].name
         self.interface = self._interface(data)
         self.dtype = self._dtype(data)
+        self.chat_template = self._chat_template(data)
         self._check_slices()
         self._check_parameters()
 
@@ -255,15 +258,26 @@ class Document:
                                     "vocabularies must be equal already")  # fmt: skip
             source = tokenizer.get("source")
         self.tokenizer = None if source is None else place[0]
-        if data.get("chat_template") == "auto":
-            self.notes.append("chat_template: auto is read as that of the model whose tokenizer is taken")
-        elif data.get("chat_template"):
-            raise MergekitError(("chat_template",), "not here; edit chat_template.jinja in the result instead")
         if source == "union":
             self.notes.append(f"{place[0]}: union is read as base: the same for equal vocabularies, but for padding")
         if source in (None, "base", "union"):
             return default
         return self._whole(self._name(source.removeprefix("model:") if isinstance(source, str) else source, place))
+
+    def _chat_template(self, data: Mapping[str, Any]) -> str | None:
+        if not (said := data.get("chat_template")):
+            return None
+        if (text := str(said)) == "auto":
+            self.notes.append("chat_template: auto is read as that of the model whose tokenizer is taken")
+            return None
+        if text in CHAT_TEMPLATES:
+            return CHAT_TEMPLATES[text]
+        try:
+            check_template(text)
+        except ValueError as error:
+            known = ", ".join(CHAT_TEMPLATES)
+            raise MergekitError(("chat_template",), f"expected auto, {known} or a template's text: {error}") from None
+        return text
 
     def _whole(self, name: str) -> str:
         """An adapter's model: it has no tokenizer of its own."""

@@ -44,7 +44,14 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
         )
     _note_idle_filters(document, [part.tensor for part in layout.parts])
     tensors = [_Tensor(part, _say(document, part, layout.n_blocks)) for part in layout.parts]
-    return Recipe(named, document.origin, document.interface, _rules(tensors, layout), dtype=document.dtype)
+    return Recipe(
+        named,
+        document.origin,
+        document.interface,
+        _rules(tensors, layout),
+        dtype=document.dtype,
+        chat_template=document.chat_template,
+    )
 
 
 def _note_idle_filters(document: Document, tensors: Sequence[str]) -> None:

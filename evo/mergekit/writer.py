@@ -139,6 +139,8 @@ def _document(
     data |= {"dtype": "float32", "out_dtype": dtype}
     if recipe.interface != base_model:
         data["tokenizer_source"] = places[recipe.interface]
+    if recipe.chat_template is not None:
+        data["chat_template"] = recipe.chat_template
     return data
 
 

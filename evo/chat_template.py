@@ -1,0 +1,45 @@
+"""Gives a checkpoint another chat template than its interface parent's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_TOKENIZER = "tokenizer_config.json"
+_KEY = "chat_template"
+_FILE, _OF_PROCESSORS = "chat_template.jinja", "chat_template.json"
+
+
+def check_template(text: str) -> None:
+    """Refuse what no tokenizer could use.
+
+    Args:
+        text: a chat template.
+
+    Raises:
+        ValueError: if it is not one in Jinja's syntax, as `transformers` reads it.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if "{{" not in text and "{%" not in text:
+        raise ValueError(f"{text!r} is no text of a template (in Jinja)")
+    try:
+        render_jinja_template([[{"role": "user", "content": "?"}]], chat_template=text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"Jinja cannot read this template: {error} (line {error.lineno} of it)") from None
+    except (TemplateError, TypeError):
+        pass  # it wants more than one question, as tokenizers give it
+
+
+def put_template(text: str, folder: Path) -> None:
+    """Make a template the only one of a checkpoint.
+
+    Args:
+        text: the template.
+        folder: of the checkpoint, with its tokenizer's files; templates are kept in any of three.
+    """
+    (folder / _OF_PROCESSORS).unlink(missing_ok=True)
+    if (said := folder / _TOKENIZER).is_file() and _KEY in (settings := json.loads(said.read_text())):
+        said.write_text(json.dumps({k: v for k, v in settings.items() if k != _KEY}, indent=2, ensure_ascii=False))
+    (folder / _FILE).write_text(text)
