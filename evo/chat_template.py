@@ -1,4 +1,4 @@
-"""Gives a checkpoint another chat template than its interface parent's."""
+"""Chat templates of checkpoints: what they are, and giving one another than its interface parent's."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def check_template(text: str) -> None:
         raise ValueError(f"Jinja cannot read this template: {error} (line {error.lineno} of it)") from None
     except (TemplateError, TypeError):
         pass  # it wants more than one question, as tokenizers give it
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template that `transformers` finds in a checkpoint's folder, of several the default one; None: none."""
+    if (file := folder / _FILE).is_file():
+        return file.read_text()
+    if not (said := folder / _TOKENIZER).is_file():
+        return None
+    found = json.loads(said.read_text()).get(_KEY)
+    if isinstance(found, list):
+        found = {named["name"]: named["template"] for named in found}.get("default")
+    return found or None
 
 
 def put_template(text: str, folder: Path) -> None:

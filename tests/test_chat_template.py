@@ -1,6 +1,7 @@
 """Chat templates that a recipe brings, rendered by transformers' tokenizer of the result."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -72,3 +73,34 @@ def test_a_template_that_wants_more_than_a_question_is_taken(models, tmp_path, t
     (models / "recipe.yaml").write_text(f"{HEAD}chat_template: {json.dumps(text)}\n")
     merge(models / "recipe.yaml", tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("templates", "owner"),
+    [
+        ({"base": None, "a": ROLES, "b": f"\n{ROLES}\n"}, "a"),  # the ancestor of a base_model has none, as a rule
+        ({"base": "{{ 1 }}", "a": ROLES, "b": ROLES}, "a"),
+        ({"base": "{{ 1 }}", "a": "{{ 2 }}", "b": "{{ 3 }}"}, "base"),
+        ({"base": None, "a": None, "b": "{{ 3 }}"}, "b"),
+        ({"base": ROLES, "a": "{{ 2 }}", "b": [{"name": "tool_use", "template": "?"},
+                                               {"name": "default", "template": ROLES}]}, "base"),
+        ({"base": None, "a": None, "b": None}, "base"),
+    ],
+)  # fmt: skip
+def test_auto_is_what_most_models_have(models, tmp_path, templates, owner):
+    for name, template in templates.items():
+        shutil.copytree(models / name, folder := tmp_path / name)
+        (folder / "chat_template.jinja").unlink()
+        if isinstance(template, list):
+            settings = json.loads((said := folder / "tokenizer_config.json").read_text())
+            said.write_text(json.dumps({**settings, "chat_template": template}))
+        elif template:
+            (folder / "chat_template.jinja").write_text(template)
+    (tmp_path / "recipe.yaml").write_text(
+        "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 0.5}\nchat_template: auto\n"
+    )
+    told = merge(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert f"chat_template: auto is that of {owner}" in told.lines
+    found, wanted = (AutoTokenizer.from_pretrained(tmp_path / name).chat_template for name in ("out", owner))
+    assert (found and found.strip()) == (wanted and wanted.strip())

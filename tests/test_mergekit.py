@@ -218,7 +218,7 @@ parameters: {weight: 0.25}
             ("models: [{model: a, parameters: {weight: [{value: 0.5}, {filter: mlp, value: 0.1}]}}]",
              "models.0.parameters.weight.1: never asked"),
             ("models: [{model: a}]\ntokenizer_source: union", "union is read as base"),
-            ("models: [{model: a}]\nchat_template: auto", "auto is read as that of the model whose tokenizer is taken"),
+            ("models: [{model: a}]\nchat_template: auto", "chat_template: auto is that of base"),
         ],
     )  # fmt: skip
     def test_what_is_not_used_is_said(self, models, tmp_path, text, note):

@@ -5,6 +5,8 @@ Only those that are one format: `mistral` has been several, and `alpaca` and `ex
 
 from __future__ import annotations
 
+AUTO = "auto"
+"""The one that most of a merge's models have."""
 CHAT_TEMPLATES = {
     "chatml": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

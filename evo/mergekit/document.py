@@ -9,7 +9,7 @@ from typing import Any
 
 from evo.chat_template import check_template
 from evo.errors import did_you_mean
-from evo.mergekit.chat_templates import CHAT_TEMPLATES
+from evo.mergekit.chat_templates import AUTO, CHAT_TEMPLATES
 from evo.mergekit.methods import DIALECTS, Base, Dialect
 from evo.mergekit.settings import MergekitError, check
 from evo.places import Place
@@ -84,6 +84,7 @@ class Document:
         self.interface = self._interface(data)
         self.dtype = self._dtype(data)
         self.chat_template = self._chat_template(data)
+        """A text, AUTO, or None for the interface's."""
         self._check_slices()
         self._check_parameters()
 
@@ -267,16 +268,15 @@ class Document:
     def _chat_template(self, data: Mapping[str, Any]) -> str | None:
         if not (said := data.get("chat_template")):
             return None
-        if (text := str(said)) == "auto":
-            self.notes.append("chat_template: auto is read as that of the model whose tokenizer is taken")
-            return None
+        if (text := str(said)) == AUTO:
+            return AUTO
         if text in CHAT_TEMPLATES:
             return CHAT_TEMPLATES[text]
         try:
             check_template(text)
         except ValueError as error:
-            known = ", ".join(CHAT_TEMPLATES)
-            raise MergekitError(("chat_template",), f"expected auto, {known} or a template's text: {error}") from None
+            known = ", ".join((AUTO, *CHAT_TEMPLATES))
+            raise MergekitError(("chat_template",), f"expected {known} or a template's text: {error}") from None
         return text
 
     def _whole(self, name: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from evo.chat_template import template_of
 from evo.checkpoint import Checkpoint
 from evo.merge import get_method
+from evo.mergekit.chat_templates import AUTO
 from evo.mergekit.document import Document, Parameters, Slice
 from evo.mergekit.methods import CannotSayError, Merge
 from evo.mergekit.settings import MergekitError, evaluate, idle
@@ -50,8 +53,20 @@ def to_recipe(document: Document, sources: Mapping[str, Checkpoint], named: Mapp
         document.interface,
         _rules(tensors, layout),
         dtype=document.dtype,
-        chat_template=document.chat_template,
+        chat_template=_chat_template(document, sources),
     )
+
+
+def _chat_template(document: Document, sources: Mapping[str, Checkpoint]) -> str | None:
+    """The text of the result's; None for the interface's."""
+    if document.chat_template != AUTO:
+        return document.chat_template
+    models = [name for name in (document.interface, *sources) if name not in document.adapters]
+    of = {name: text.strip() for name in models if (text := template_of(sources[name].path))}
+    text = next((text for text, _ in Counter(of.values()).most_common(1)), None)  # the interface's, of equally many
+    owner = next((name for name in of if of[name] == text), document.interface)
+    document.notes.append(f"chat_template: auto is that of {owner}")
+    return None if owner == document.interface else text
 
 
 def _note_idle_filters(document: Document, tensors: Sequence[str]) -> None:
