@@ -13,23 +13,12 @@ _FILE, _OF_PROCESSORS = "chat_template.jinja", "chat_template.json"
 def check_template(text: str) -> None:
     """Refuse what no tokenizer could use.
 
-    Args:
-        text: a chat template.
-
     Raises:
-        ValueError: if it is not one in Jinja's syntax, as `transformers` reads it.
+        ValueError: saying why.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from fitness.engines.text import check_template as check  # only here: transformers takes seconds to load
 
-    if "{{" not in text and "{%" not in text:
-        raise ValueError(f"{text!r} is no text of a template (in Jinja)")
-    try:
-        render_jinja_template([[{"role": "user", "content": "?"}]], chat_template=text)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"Jinja cannot read this template: {error} (line {error.lineno} of it)") from None
-    except (TemplateError, TypeError):
-        pass  # it wants more than one question, as tokenizers give it
+    check(text)
 
 
 def template_of(folder: Path) -> str | None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fitness.types import Completion, Finish
 
@@ -76,6 +78,22 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat: Mapping[
         return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
+
+
+def check_template(text: str) -> None:
+    """Refuse what no tokenizer could use as its chat template.
+
+    Raises:
+        ValueError: if it is not written in Jinja, as `transformers` reads it.
+    """
+    if "{{" not in text and "{%" not in text:
+        raise ValueError(f"{text!r} is no text of a template (in Jinja)")
+    try:
+        render_jinja_template([[{"role": "user", "content": "?"}]], chat_template=text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"Jinja cannot read this template: {error} (line {error.lineno} of it)") from None
+    except (TemplateError, TypeError):
+        pass  # it wants more than one question, as tokenizers give it
 
 
 def rooms(
