@@ -252,6 +252,9 @@ def _settings(path: Path) -> dict[str, Any]:
                 f"{path / CONFIG_FILE}: {key}: {what}, cannot be merged as an adapter. Merge it into its base first: "
                 f"{_MERGE_FIRST}"
             )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(key) or {}, dict):
+            raise CheckpointError(f"{path / CONFIG_FILE}: {key}: expected patterns with numbers, got {settings[key]!r}")
     first = str(settings.get("init_lora_weights")).lower()
     if what_to_do := next((todo for name, todo in _CHANGE_THE_BASE.items() if first.startswith(name)), None):
         raise CheckpointError(

@@ -246,7 +246,8 @@ def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[Pla
             data["base"] = found
         else:
             data["parents"][name] = found
-    for part in (data["task"], *data["task"].get("tasks", ())):
+    parts = data["task"].get("tasks")
+    for part in (data["task"], *(parts if isinstance(parts, list) else ())):
         for key, table in _table_files(part) if isinstance(part, dict) else ():
             part[key] = str((folder / table).resolve())
     return Config.model_validate(data), missing

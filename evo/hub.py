@@ -75,9 +75,12 @@ def locate(path: Path, folder: Path) -> Path:
     Raises:
         HubError: if there is neither.
     """
-    local = (folder / path).resolve()
-    if local.is_dir():
-        return local
+    try:
+        local = (folder / path).resolve()
+        if local.is_dir():
+            return local
+    except OSError as error:  # too long a name
+        raise HubError(f"no checkpoint folder can be called {str(path)[:80]!r}: {error}") from error
     if not is_id(path.as_posix()):
         raise HubError(f"no checkpoint folder at {local}")
     try:

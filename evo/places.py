@@ -43,6 +43,12 @@ def read(file: Path) -> tuple[Any, dict[Place, int]]:
 class _Loader(yaml.SafeLoader):
     """Refuses what PyYAML reads without a word."""
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Raises ConstructorError for text that no path or name can be."""
+        if isinstance(node.value, str) and "\0" in node.value:
+            raise ConstructorError(None, None, "a text with a zero in it (\\0)", node.start_mark)
+        return super().construct_scalar(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises ConstructorError for keys that are no text, or there twice."""
         seen: set[str] = set()

@@ -199,6 +199,7 @@ class TestRefused:
             ({"trainable_token_indices": [3]}, "rows of single tokens.*merge_and_unload"),
             ({"target_parameters": ["mlp.experts.down_proj"]}, "stacks of experts.*merge_and_unload"),
             ({"rank_pattern": {"*": 4}}, "no pattern for names"),
+            ({"alpha_pattern": 2}, "alpha_pattern: expected patterns with numbers, got 2"),
         ],
     )
     def test_settings(self, base, settings, match, tmp_path):

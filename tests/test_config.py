@@ -88,6 +88,10 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("search: 32", "search: 0"): ["search.yaml:5: task.search", "greater than or equal to 1", "got 0"],
     ("norm]", "nrm]"): ["search.yaml:4: space.roles", "'attention'", "'nrm'"],
     ("concise: c", "concise: nowhere"): ["search.yaml:3: parents.concise", "no checkpoint folder at"],
+    ("concise: c", 'concise: "c\\0"'): ["search.yaml is not valid YAML: a text with a zero in it", "line 3"],
+    ("concise: c", f"concise: {'c' * 999}"): [
+        "search.yaml:3: parents.concise: no checkpoint folder can be called 'ccc"
+    ],
     ("  concise: c\n", ""): ["search.yaml:1: parents: expected at least 2, got 1"],
     ("concise: c", "concise: ./r"): ["search.yaml:3: parents.concise: is 'reasoner' again"],
     ("kind: block,", "kind: block, base: concisse,"): ["no source is called 'concisse'", "did you mean 'concise'?"],
@@ -113,6 +117,7 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("kind: block,", "kind: block, method: ties, knobs: {density: [1]},"): ["a number, or [low, high]", "[1]"],
     ("kind: block,", "kind: block, knobs: {density: 0.5},"): ["this method has none"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table, path: x.jsonl}"): ["task.path", "no file at"],
+    ("task: {kind: arithmetic, search: 32}", "task: {kind: mixture, tasks: 2}"): ["search.yaml:5: task.tasks", "got 2"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table}"): ["search.yaml:5: task", "'path' is missing"],
     ("optimizer: {kind: cma_es, sigma: 0.2}", "optimizer:"): ["search.yaml:7: optimizer: expected keys with values"],
     ("dtype: float32", "dtype:"): ["search.yaml:6: engine.dtype", "'float32', 'bfloat16'", "got None"],
