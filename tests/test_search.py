@@ -87,8 +87,14 @@ class TestFinishedRun:
             with pytest.raises(PickError):
                 front.pick(bad)
 
-    def test_running_it_again_evaluates_nothing(self, finished):
+    def test_seconds_are_those_of_writing_and_of_generating(self, finished):
+        for row in finished.front().evaluated:
+            entry = row.search
+            assert entry.seconds > entry.detail["write_seconds"] + entry.detail["generate_seconds"] > 0
+
+    def test_running_it_again_evaluates_nothing_and_loads_no_model(self, finished, monkeypatch):
         before = events(finished.folder)
+        monkeypatch.setattr("evo.loop.build_worker", lambda *_: pytest.fail("a model was loaded"))
         Search.from_yaml(finished.folder.parent / "search.yaml", finished.folder).run(
             watch=lambda event: pytest.fail("something was evaluated")
         )
@@ -184,16 +190,17 @@ def test_swaps_are_baselines_and_the_optimizer_starts_from_the_best(tmp_path):
     assert np.allclose(first.ask.genome, best.ask.genome, atol=0.01)
 
 
-def test_an_automatic_batch_size_is_found_once_and_kept_in_the_run(tmp_path, monkeypatch):
+def test_an_automatic_batch_size_is_found_once_and_kept_in_the_run_with_the_engines_caveat(tmp_path, monkeypatch):
     path = write_config(tmp_path, candidates=2)
     path.write_text(path.read_text().replace("batch_size: 64", "batch_size: auto"))
     search = Search.from_yaml(path, tmp_path / "run")
     monkeypatch.setattr("fitness.engines.transformers.rows_that_fit", lambda *_: 16)
+    monkeypatch.setattr("fitness.engines.transformers._caveat_of", lambda config: "text depends on the batch")
     search.run()
     monkeypatch.setattr("fitness.engines.transformers.rows_that_fit", lambda *_: pytest.fail("looked for again"))
     search.run(budget=Budget(candidates=3))
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
-        assert ledger.meta("batch_size") == 16
+        assert (ledger.meta("batch_size"), ledger.meta("caveat")) == (16, "text depends on the batch")
 
 
 def test_samples_are_drawn_alike_for_twins_and_scored_as_a_matrix(tmp_path):

@@ -21,9 +21,11 @@ from evo.loop import ResumeError, SearchError
 from evo.materializer import Materializer
 from evo.merge import METHODS, Method, one_hot
 from evo.optimizers.random_search import RandomSearch
+from evo.run_folder import request_stop
 from evo.terminal import front_table, print_ending, print_front, print_status
 from evo.tracking import tracker
 from evo.types import Status
+from fitness.engines.transformers import TransformersEngine
 from fitness.types import Split
 from tests.conftest import CHIMERA
 from tests.searching import MAX_TOKENS, write_config
@@ -58,7 +60,11 @@ def test_the_budget_that_was_said_last_holds(tmp_path):
     changed.run()
     assert budget_of(search) == 5 and len(entries_of(search)) == 5
     Search.open(search.folder).score_held_out()
+    Search.from_yaml(write_config(tmp_path, candidates=7), search.folder).score_held_out()  # which no budget limits
     assert budget_of(search) == 5
+    for limits in (Budget(candidates=6), None):
+        changed.run(budget=limits)
+        assert budget_of(search) == 6 and len(entries_of(search)) == 6
 
 
 class TestProblems:
@@ -80,6 +86,11 @@ class TestProblems:
 
     def test_other_answers_to_the_same_questions(self, search):
         with pytest.raises(ResumeError, match=r"problems of split 'search': their answers have changed"):
+            search.run(budget=Budget(candidates=5))
+
+    def test_other_questions(self, search, tmp_path):
+        self.write(tmp_path, [{"question": f"{i}-{j}", "answer": 7} for i in range(9) for j in range(9)])
+        with pytest.raises(ResumeError, match=r"problems of split 'search': not those that the run started with"):
             search.run(budget=Budget(candidates=5))
 
     def test_a_run_of_before_answers_were_recorded_goes_on(self, search):
@@ -108,6 +119,44 @@ def test_parents_may_move(tmp_path):
     note = f"reasoner is a parent, and no merge; merges on the front: {', '.join(merges) or 'none'}"
     assert export(search.folder, "reasoner", tmp_path / "again").notes == (note,)
     assert all(export(search.folder, name, tmp_path / name).notes == () for name in merges)
+
+
+def test_parents_are_scored_whatever_the_budget_and_a_stop_is_heeded_on_held_out_problems_too(tmp_path):
+    search = Search.from_yaml(write_config(tmp_path), tmp_path / "run")
+
+    def stop(event):
+        if event.entry.split is Split.HELD_OUT:
+            request_stop(search.folder)
+
+    front = search.run(stop, Budget(tokens=1))
+    assert [row.ask.name for row in front.evaluated] == ["reasoner", "concise"]
+    assert len(front.unscored()) == 1
+    assert not search.run().unscored() and len(entries_of(search)) == 2
+
+
+def test_an_optimizer_is_told_of_its_own_proposals_what_is_recorded(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(RandomSearch, "tell", lambda self, *what: told.append(what))
+    path = write_config(tmp_path, optimizer="{kind: random, population: 3}", candidates=8)
+    text = path.read_text().replace(f"max_tokens: {MAX_TOKENS}", "max_tokens: 70")  # too few for most answers
+    path.write_text(text + "constraints: {max_truncated: 0, accuracy_floor_stderrs: 0}\n")
+    search = Search.from_yaml(path, tmp_path / "run")
+    search.run()
+    first, entries = entries_of(search)[:3], entries_of(search)[3:]
+    assert [entry.candidate_id for entry in first] == [0, 1, 2]
+    assert [index for index, _ in told] == list(range(5))
+    assert [tuple(outcome.losses) for _, outcome in told] == [entry.losses for entry in entries]
+    assert [outcome.violation for _, outcome in told] == [sum(entry.violations.values()) for entry in entries]
+    assert any(len(entry.violations) == 2 for entry in entries)
+
+
+def test_settings_that_differ_are_told(tmp_path, caplog):
+    for name in ("reasoner", "concise", "base"):
+        shutil.copytree(CHIMERA / name, tmp_path / "own" / name)
+    config = tmp_path / "own" / "concise" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 250}))
+    Search.from_yaml(write_config(tmp_path, parents=tmp_path / "own"), tmp_path / "run").run(budget=Budget(tokens=1))
+    assert any("max_position_embeddings: 256 in reasoner, 250 in concise" in said for said in caplog.messages)
 
 
 def test_parents_that_are_written_to_meanwhile(tmp_path):
@@ -159,6 +208,20 @@ class TestFailures:
         search.run()
         assert len(entries_of(search)) == 7
         assert all(entry.status is Status.DONE for split in Split for entry in entries_of(search, split))
+
+    def test_to_answer_are_not_the_candidates_either(self, tmp_path, monkeypatch):
+        generate, broken = TransformersEngine.generate, []
+
+        def sometimes(self, *arguments, **options):
+            if broken:
+                raise RuntimeError("device-side assert triggered")
+            return generate(self, *arguments, **options)
+
+        monkeypatch.setattr(TransformersEngine, "generate", sometimes)
+        search = Search.from_yaml(write_config(tmp_path, candidates=5), tmp_path / "run")
+        with pytest.raises(SearchError, match=r"(?s)'c3' failed.*so does the parent 'reasoner'.*assert"):
+            search.run(lambda event: broken.append(event) if event.ask.id == 2 else None)
+        assert [entry.candidate_id for entry in entries_of(search)] == [0, 1, 2]
 
     def test_of_all_candidates_in_a_row_end_a_search(self, tmp_path, monkeypatch):
         write, n_writes = Materializer.write, []
@@ -290,6 +353,8 @@ def test_an_optimizer_that_draws_of_its_own_cannot_go_on_and_is_told_why(tmp_pat
     search = Search.from_yaml(write_config(tmp_path, optimizer="{kind: random, population: 2}"), tmp_path / "run")
     search.run(budget=Budget(candidates=4))
     ask, rng = RandomSearch.ask, np.random.default_rng(0)
-    monkeypatch.setattr(RandomSearch, "ask", lambda self, n: [g * rng.random(dtype=np.float32) for g in ask(self, n)])
-    with pytest.raises(ResumeError, match=r"or the optimizer draws numbers that `problem.seed` does not decide"):
-        search.run(budget=Budget(candidates=6))
+    drawn = lambda self, n: [g * rng.random(dtype=np.float32) for g in ask(self, n)]  # noqa: E731
+    for another in (drawn, lambda self, n: None, lambda self, n: ask(self, n)[1:]):
+        monkeypatch.setattr(RandomSearch, "ask", another)
+        with pytest.raises(ResumeError, match=r"or the optimizer draws numbers that `problem.seed` does not decide"):
+            search.run(budget=Budget(candidates=6))
