@@ -10,10 +10,13 @@ from evo.config import Budget
 from evo.history import History
 from evo.ledger import Ledger
 from evo.proxy import CLOSING, MEANWHILE, Proxy
+from evo.run_folder import request_stop
 from evo.terminal import print_status
 from evo.tracking.generations import Record
 from evo.types import Origin, Status
-from fitness.tasks.arithmetic import Arithmetic
+from fitness.objectives import per_problem
+from fitness.proxy.irt import ItemResponse
+from fitness.tasks.arithmetic import Arithmetic, solve
 from fitness.types import Split
 from tests.searching import events
 from tests.test_proxy_search import N, of_search, opened, write_config
@@ -78,9 +81,9 @@ def test_by_which_rules_somebody_goes_on(runs, monkeypatch):
     with opened(runs) as found:
         history = found["parked"]
 
-        def proxy(gain, seed=1):
+        def proxy(gain, seed=1, **options):
             config, task = runs["parked"].config, Arithmetic(search=N)
-            changes = {"proxy": config.proxy.model_copy(update={"gain": gain}), "seed": seed}
+            changes = {"proxy": config.proxy.model_copy(update={"gain": gain, **options}), "seed": seed}
             return Proxy(config.model_copy(update=changes), history, task)
 
         assert history.share_spent() == 1.0
@@ -88,11 +91,36 @@ def test_by_which_rules_somebody_goes_on(runs, monkeypatch):
         history.later.clear()  # as if nobody had gone on
         entry, rules = proxy(1e-9).next_parked(at_the_end=True)
         assert entry.parked and rules.enough == 1e-9
+        promised = {}
+        for ask, one in of_search(history):
+            problems, seen = np.array(one.detail["problems"]), per_problem(history.score(one), rules.objectives)
+            mean, deviation = (f(problems, seen)[None] for f in (rules.estimator.estimate, rules.estimator.deviation))
+            promised[ask.id] = rules.promise.of(mean, deviation)[0]
+        assert promised[entry.candidate_id] == max(promised.values()) > min(promised.values())
         monkeypatch.setattr("evo.proxy.MEANWHILE", 1e-8)
         again, rules = proxy(1e-9).next_parked()
         assert again == entry and rules.enough == 1e-8
+        worst = min((row.search.summary for row in history.front.parents), key=lambda s: s["accuracy"])
+        floor = worst["accuracy"] - 2 * worst["accuracy_stderr"]
+        assert rules.promise.limits == pytest.approx([1 - floor, np.inf])
+        traces = proxy(GAIN, likelihood=True).trial().screen.traces
+        assert {trace.parent for trace in traces} == {"reasoner", "concise"}
+        assert all(trace.text.rpartition("</think>")[2] == str(solve(trace.prompt)) for trace in traces)
         orders = [proxy(GAIN, seed).trial().race.order.problems.tolist() for seed in (1, 2, 1)]
         assert orders[0] == orders[2] != orders[1] and orders[0][:8] == orders[1][:8]  # chosen ones are not drawn
+
+
+def test_an_estimator_is_told_which_of_the_references_are_parents(runs):
+    with opened(runs) as found:
+        history, config = found["parked"], runs["parked"].config
+        changes = {"proxy": config.proxy.model_copy(update={"estimator": "irt"})}
+        rules = Proxy(config.model_copy(update=changes), history, Arithmetic(search=N)).trial()
+        rows = (*history.front.parents, *history.front.baselines)
+        losses = np.array([per_problem(history.score(row.search), rules.objectives) for row in rows])
+        asked = rules.race.order.problems[:8]
+        for seen in losses[:, asked]:
+            expected = ItemResponse(losses, 2, rules.objectives).estimate(asked, seen)
+            assert rules.estimator.estimate(asked, seen) == pytest.approx(expected)
 
 
 def test_every_answer_is_paid_for_once(histories, capsys, runs):
@@ -154,15 +182,19 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, runs):
     assert _later(search.folder) == _later(runs["parked"].folder)
 
 
-def test_several_samples_a_problem_go_on_and_are_counted(tmp_path):
-    path = write_config(tmp_path, proxy={"gain": GAIN, "race": False}, candidates=12)
+def test_several_samples_a_problem_go_on_and_are_counted_and_likelihoods_asked_once(tmp_path):
+    path = write_config(tmp_path, proxy={"gain": GAIN, "race": False, "likelihood": True}, candidates=12)
     path.write_text(
         path.read_text().replace("max_tokens: 110", "max_tokens: 110, decoding: {samples: 2, greedy: false}")
     )
     search = Search.from_yaml(path, tmp_path / "run")
+    search.run(lambda event: request_stop(search.folder) if event.history.later else None)
+    assert len(_later(search.folder)) == 1
     search.run()
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
         first, later = ledger.entries(Split.SEARCH), ledger.later()
+        assert all(("n_forced" in entry.detail) == entry.parked for entry in first)
+        assert len(later) > 1 and not any("n_forced" in entry.detail for entry in later)
         whole = [entry for entry in later if entry.status is Status.DONE]
         assert whole and all(ledger.score(entry).n_tokens.shape == (N, 2) for entry in whole)
         told = {entry.candidate_id: entry for entry in first if entry.parked}
@@ -180,7 +212,8 @@ def test_a_budget_of_tokens_holds_for_parked_candidates_too(tmp_path):
         history, first = History(ledger), ledger.entries(Split.SEARCH)
         later = {entry.seq: entry for entry in ledger.later()}
         costs = sorted((entry.seq, entry.n_tokens) for entry in (*first, *later.values()))
-    assert 17000 <= history.spent["tokens"] < 17000 + max(cost for _, cost in costs)
+    spent = history.spent["tokens"]
+    assert spent - costs[-1][1] < 17000 <= spent  # nothing is begun when it is used up
     promised = {entry.candidate_id: entry.detail.get("promise") for entry in first}  # a front that grows lowers it
     spent, n_closing = 0, 0
     for seq, cost in costs:

@@ -92,6 +92,9 @@ def test_what_was_asked_was_answered_as_without_the_proxy(histories):
         if entry.status is Status.PARTIAL:
             asked = np.array(entry.detail["problems"])
             assert len(set(asked)) == len(asked) < N
+        else:
+            samples = [history.entries[Split.SEARCH][ask.id].detail["samples"] for history in histories.values()]
+            assert samples[0] == samples[1]
         assert score.problem_ids == tuple(np.array(whole.problem_ids)[asked])
         assert score.verdicts.tolist() == whole.verdicts[asked].tolist()
         assert score.n_tokens.tolist() == whole.n_tokens[asked].tolist()

@@ -1,18 +1,24 @@
 """The collapse screen, and one candidate's way through a trial."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from evo.types import Candidate, Origin, Status
+from evo.worker import Worker
 from fitness.objectives import losses, per_problem
+from fitness.orderliness import Orderliness
 from fitness.proxy.kriging import Kriging
 from fitness.proxy.order import Order
 from fitness.proxy.promise import Promise
 from fitness.proxy.racing import Race
 from fitness.proxy.screen import Screen, Trace
 from fitness.proxy.trial import Answered, Trial, joined
-from fitness.types import Likelihood, Score, Verdict
+from fitness.tasks.arithmetic import Arithmetic
+from fitness.types import Likelihood, Score, Split, Verdict
+from search_spaces.recipe import Recipe, Source
 from tests.test_proxy_estimates import references
 
 
@@ -168,6 +174,27 @@ def test_a_parked_candidate_goes_on_from_where_it_was_and_only_while_it_promises
                 break
         assert (stop is None) == whole == (n == 64)
         assert whole or stop.promise < 0.01
+
+
+class Silent:
+    """An engine that is asked nothing."""
+
+    def host(self, writer, **arguments):
+        pass
+
+    def update(self, recipe):
+        return SimpleNamespace(seconds=0.0, n_written=1, n_skipped=0, n_compiled=0, delta_errors={})
+
+
+def test_a_parked_candidate_that_a_new_member_beats_is_asked_nothing_more():
+    member, asked = np.stack([np.zeros(64), np.full(64, 30.0)], axis=1), np.arange(64)[::-1][:32]
+    rules = trial(member, enough=0.01, before=Answered(score([Verdict.WRONG] * 32, [90] * 32), asked))
+    limits = {"max_tokens": 128, "objectives": ("error", "tokens"), "orderliness": Orderliness()}
+    worker = Worker(Silent(), Arithmetic(search=64), {}, **limits)
+    candidate = Candidate(9, "c9", Origin.SEARCH, 1, Recipe({"a": Source("a")}, "a", "a"))
+    found = worker.evaluate(candidate, Split.SEARCH, trial=rules)
+    assert (found.status, found.detail["stopped_by"]) == (Status.PARTIAL, 7)
+    assert found.detail["problems"] == asked.tolist() and found.detail["n_before"] == found.score.n_generated
 
 
 def test_the_parts_can_be_switched_off():
