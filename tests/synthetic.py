@@ -75,6 +75,14 @@ class SyntheticRun:
             for candidate in batch[:n_evaluated]:
                 self._evaluate(ledger, candidate.id, Split.SEARCH)
 
+    def complete(self) -> None:
+        """What was asked and has not been evaluated."""
+        with closing(Ledger.open(self.folder)) as ledger:
+            done = {entry.candidate_id for entry in ledger.entries(Split.SEARCH)}
+            for ask in ledger.asks():
+                if ask.id not in done:
+                    self._evaluate(ledger, ask.id, Split.SEARCH)
+
     def held_out(self, ids: list[int]) -> None:
         """Held-out scores of some candidates."""
         with closing(Ledger.open(self.folder)) as ledger:

@@ -151,6 +151,10 @@ def test_fronts_by_pairwise_comparison(client, logged, ledger):
         assert sizes[g][2] == len(front)
         assert best[g][2] == min(tokens for error, tokens in front if 1 - error >= goal)
         assert hypervolumes[g][2] == pytest.approx(_area(front, 1.1 * wordiest))
+        assert history(client, logged[0], "best/accuracy")[g][2] == max(1 - error for error, _ in front)
+        error, tokens = min(front, key=lambda p: p[0] ** 2 + (p[1] / (1.1 * wordiest)) ** 2)
+        assert history(client, logged[0], "knee/accuracy")[g][2] == 1 - error
+        assert history(client, logged[0], "knee/tokens")[g][2] == tokens
 
 
 def test_a_generation_alone(client, logged, ledger):
@@ -185,6 +189,7 @@ def test_the_run(client, run, logged):
     top, _ = logged
     assert (top.info.run_name, top.info.status) == (run.folder.name, "FINISHED")
     assert 8 <= len(top.data.params) <= 20 and top.data.params["optimizer"] == "cma_es"
+    assert not any(key.startswith("proxy/") for key in top.data.metrics)  # there was none
     config = yaml.safe_load(text_of(client, top, "config.yaml"))
     assert config["optimizer"] == {"kind": "cma_es", "population": POPULATION} and "tracking" not in config
 
@@ -246,6 +251,17 @@ def test_from_the_start_again_changes_nothing(client, run, whole, uri):
     assert everything(client, "whole") == whole
 
 
+def test_an_offset_names_no_password_and_one_that_cannot_be_read_is_none(tmp_path):
+    target = Target("http://me:secret@server", "demo")
+    offset = Offset(target.digest, "1", "a run", n_generations=3, seq=70)
+    offset.save(tmp_path)
+    assert Offset.load(tmp_path) == offset and "secret" not in (tmp_path / OFFSET_FILE).read_text()
+    assert target.digest not in (Target(target.uri, "other").digest, Target("http://server", "demo").digest)
+    for text in ("", "{}", "[1]", '{"target": '):
+        (tmp_path / OFFSET_FILE).write_text(text)
+        assert Offset.load(tmp_path) is None
+
+
 def test_told_as_it_happened_is_as_told_at_the_end(client, moe_parents, tmp_path, uri, monkeypatch):
     """Members come and go meanwhile; those that went have no run in the end."""
     monkeypatch.setattr(
@@ -289,6 +305,42 @@ def test_a_search_stays_one_run_when_its_config_changes(client, moe_parents, tmp
     assert everything(client, "changed") == everything(client, "changed, at once")
     top, _ = runs_of(client, "changed")
     assert [step for step, _, _ in history(client, top, "front/size")] == [0, 1, 2]
+
+
+def test_what_was_cut_short_is_told_again_when_it_is_whole_and_another_store_is_told_all(
+    client, moe_parents, tmp_path, uri, monkeypatch
+):
+    monkeypatch.setattr("evo.tracking.mlflow_store.front_pixels", lambda *_, **__: np.zeros((9, 9, 3), np.uint8))
+    run = SyntheticRun(tmp_path / "cut", config_of(moe_parents, budget={"candidates": N_FIRST + N_LAST}))
+    run.first()
+    run.generation(N_LAST)
+    Replay(run.folder, Target(uri, "cut")).attempt(running=False)
+    with closing(Ledger.open(run.folder)) as ledger:
+        ledger.set_meta("budget", {"candidates": N_FIRST + POPULATION})
+    run.complete()
+    for experiment in ("cut", "another"):
+        Replay(run.folder, Target(uri, experiment)).attempt(running=False)
+        points = history(client, runs_of(client, experiment)[0], "budget/candidates")
+        assert points[0][::2] == (0, N_FIRST) and points[-1][::2] == (1, N_FIRST + POPULATION)
+
+
+def test_a_run_that_somebody_deletes_meanwhile_is_made_anew(client, moe_parents, tmp_path, uri, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setattr("evo.tracking.mlflow_store.front_pixels", lambda *_, **__: np.zeros((9, 9, 3), np.uint8))
+    run = SyntheticRun(tmp_path / "deleted", config_of(moe_parents))
+    run.first()
+    replay = Replay(run.folder, Target(uri, "deleted"))
+    replay.attempt(running=True)
+    top, _ = runs_of(client, "deleted")
+    client.delete_run(top.info.run_id)
+    run.generation()
+    with pytest.raises(MlflowException, match="must be in the 'active' state"):
+        replay.attempt(running=True)
+    replay.attempt(running=True)
+    (again,) = client.search_runs([top.info.experiment_id], "attributes.run_name = 'deleted'")
+    assert again.info.run_id != top.info.run_id
+    assert [step for step, _, _ in history(client, again, "front/size")] == [0, 1]
 
 
 def test_no_run_ends_before_it_starts_when_the_clock_is_put_back(client, moe_parents, tmp_path, uri, monkeypatch):
