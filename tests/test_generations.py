@@ -32,16 +32,17 @@ def partial(i, losses, n_saved, violations=None, **detail):
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
-    """Parents; a generation of which one is parked, one went on, one lost the race and one collapsed; one without."""
+    """A parent and a baseline; a generation with one parked, one that went on, one stopped, one collapsed; another."""
     meta = {"config": {"objectives": ["error", "tokens"]}, "budget": BUDGET}
     with closing(Ledger.create(tmp_path_factory.mktemp("run"), meta, PROBLEMS)) as made:
 
         def ask(generation, ids, origin=Origin.SEARCH):
             made.append_asks([Candidate(i, f"c{i}", origin, generation, RECIPE) for i in ids])
 
-        ask(0, (0, 1), Origin.PARENT)
+        ask(0, (0,), Origin.PARENT)
+        ask(0, (1,), Origin.BASELINE)
         batches = [
-            [done(0, 2, 50), done(1, 1, 20)],
+            [done(0, 2, 50), done(1, 1, 35)],
             [
                 done(2, 2, 40),
                 partial(3, (0.25, 30), 100, promise=0.2),
@@ -73,6 +74,7 @@ def test_what_goes_on_belongs_to_the_generation_in_which_it_does(ledger):
     assert (last.metrics["gen/failed"], last.metrics["gen/feasible_share"]) == (1, 0.5)
     assert last.metrics["proxy/parked"] == last.metrics["proxy/collapsed"] == 1  # of all so far
     assert [row.ask.id for row in last.front.evaluated] == [0, 1, 2, 3, 8]
+    assert [row.ask.id for row in last.front.baselines] == [1]  # though no member any more
 
 
 def test_a_generation_ends_when_nobody_before_it_can_go_on(ledger):
