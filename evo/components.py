@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
@@ -25,9 +26,7 @@ def component_options(component: Component) -> dict[str, Any]:
     """
     place = component.kinds[component.kind]
     target = pkgutil.resolve_name(place)
-    built = built_by(target)
-    hints = get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
-    options = options_of(target)
+    hints, options = _hints_of(target), options_of(target)
     if bare := [name for name in options if name not in hints]:
         raise ConfigError(
             f"{component.kind!r} ({place}): expected a type hint for the option {bare[0]!r}, such as "
@@ -71,6 +70,17 @@ def options_of(target: Any) -> dict[str, inspect.Parameter]:
     """What a config may say to a class or function that a table names, by key: its keyword-only parameters."""
     parameters = inspect.signature(target).parameters.items()
     return {name: parameter for name, parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def keys_of(target: Any, option: str) -> list[str]:
+    """The keys of an option that has some, such as `decoding`."""
+    hint = _hints_of(target).get(option)
+    return [field.name for kind in (hint, *get_args(hint)) if is_dataclass(kind) for field in fields(kind)]
+
+
+def _hints_of(target: Any) -> dict[str, Any]:
+    built = built_by(target)
+    return get_type_hints(built.__init__ if inspect.isclass(built) else built, include_extras=True)
 
 
 def n_samples(options: Mapping[str, Any]) -> int:

@@ -13,14 +13,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from evo.components import component_options, options_of
-from evo.config import Budget, Config, ConfigError
+from evo.components import component_options, keys_of, options_of
+from evo.config import Budget, Component, Config, ConfigError, TaskConfig
 from evo.deltas import parse as parse_deltas
 from evo.hub import HubError, locate
 from evo.merge import get_method
 from evo.places import Place, describe, listed, read
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
+from fitness.types import Split
 from search_spaces import SPACES
 
 TABLE_FILES = (".jsonl", ".json", ".parquet")
@@ -134,12 +135,23 @@ def _not_finite(data: Any) -> Iterator[tuple[Place, str]]:
 
 
 def _check_options(config: Config) -> Iterator[dict[str, Any]]:
-    """Errors in the options of the four components, in pydantic's form."""
-    for section in COMPONENTS:
+    """Errors in the options of the four components, and of a mixture's tasks, in pydantic's form."""
+    sections: dict[Place, Any] = {(section,): getattr(config, section) for section in COMPONENTS}
+    for place, said in (sections | _parts(config)).items():
         try:
-            component_options(getattr(config, section))
+            component_options(said if isinstance(said, Component) else TaskConfig.model_validate(said))
         except ValidationError as error:
-            yield from ({**e, "loc": (section, *e["loc"])} for e in error.errors())
+            yield from ({**e, "loc": (*place, *e["loc"])} for e in error.errors())
+
+
+def _parts(config: Config) -> dict[Place, dict[str, Any]]:
+    """Where a mixture has a task -> what it says of it, but for its weight."""
+    parts = config.task.options.get("tasks")
+    return {
+        ("task", "tasks", str(i)): {key: value for key, value in part.items() if key != "weight"}
+        for i, part in enumerate(parts if isinstance(parts, list) else ())
+        if isinstance(part, dict)
+    }
 
 
 def _check_parents(config: Config) -> Iterator[tuple[Place, str]]:
@@ -256,8 +268,10 @@ def _resolve_paths(config: Config, folder: Path) -> tuple[Config, list[tuple[Pla
 def _describe(lines: Mapping[Place, int], error: dict[str, Any], config: Config | None = None) -> tuple[Place, str]:
     """Place of one of pydantic's errors, and what was expected and what came."""
     place = tuple(str(part) for part in error["loc"])
-    if error["type"] in ("extra_forbidden", "missing"):
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return place, describe(error, _keys_at(place[:-1], config))
+    if error["type"] == "missing":
+        return place, describe(error, ())
     while len(place) > 1 and place not in lines and place[:-1] in lines:
         place = place[:-1]  # pydantic's name for one of several kinds of value
     return place, describe(error, ())
@@ -269,7 +283,13 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
         return list(Config.model_fields)
     section: Any = Config.model_fields[place[0]].annotation
     keys = list(section.model_fields)
-    if config is not None and place[0] in COMPONENTS:
-        component = getattr(config, place[0])
-        keys += options_of(pkgutil.resolve_name(component.kinds[component.kind]))
-    return keys
+    if config is None or place[0] not in COMPONENTS:
+        return keys
+    part = _parts(config).get(place)
+    component = getattr(config, place[0]) if part is None else TaskConfig.model_validate(part)
+    target = pkgutil.resolve_name(component.kinds[component.kind])
+    if len(place) == 2:
+        return keys_of(target, place[1])
+    if part is None:
+        return [*keys, *options_of(target)]
+    return [*keys, "weight", *(key for key in options_of(target) if key not in list(Split))]  # the mixture says sizes

@@ -118,6 +118,20 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("kind: block,", "kind: block, knobs: {density: 0.5},"): ["this method has none"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table, path: x.jsonl}"): ["task.path", "no file at"],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: mixture, tasks: 2}"): ["search.yaml:5: task.tasks", "got 2"],
+    ("{kind: arithmetic, search: 32}", "\n  {kind: mixture, tasks: [\n  {kind: arithmetic, weigth: 2}]}"): [
+        "search.yaml:7: task.tasks.0.weigth: unknown key 'weigth': expected one of kind, weight, seed; did you",
+    ],
+    ("{kind: arithmetic, search: 32}", "\n  {kind: mixture, tasks: [\n  {weight: 2},\n  {kind: table, path: 3}]}"): [
+        "search.yaml:7: task.tasks.0.kind: the key 'kind' is missing",
+        "search.yaml:8: task.tasks.1.path: Input should be a valid string, got 3",
+    ],
+    ("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [{kind: [gsm8k]}]}"): [
+        "search.yaml:5: task.tasks.0.kind: Input should be a valid string",
+    ],
+    ("dtype: float32", "decoding: {temprature: 1}"): [
+        "search.yaml:6: engine.decoding.temprature: unknown key 'temprature': expected one of samples, greedy,",
+        "did you mean 'temperature'?",
+    ],
     ("task: {kind: arithmetic, search: 32}", "task: {kind: table}"): ["search.yaml:5: task", "'path' is missing"],
     ("optimizer: {kind: cma_es, sigma: 0.2}", "optimizer:"): ["search.yaml:7: optimizer: expected keys with values"],
     ("dtype: float32", "dtype:"): ["search.yaml:6: engine.dtype", "'float32', 'bfloat16'", "got None"],

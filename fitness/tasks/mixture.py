@@ -118,7 +118,7 @@ def _build(part: Mapping[str, Any], sizes: Mapping[str, int]) -> Task:
     from fitness.tasks import TASKS
 
     kind, options = part.get("kind"), {k: v for k, v in part.items() if k not in ("kind", "weight")}
-    if kind not in TASKS or kind == "mixture":
+    if not isinstance(kind, str) or kind not in TASKS or kind == "mixture":
         known = ", ".join(name for name in TASKS if name != "mixture")
         raise ValueError(f"tasks: expected a kind of {known}, got {kind!r}")
     target = pkgutil.resolve_name(TASKS[kind])
