@@ -22,7 +22,7 @@ demo: .venv/.core
 	@echo "  mergefront run experiments/chimera_mini/search.yaml --out $(DEMO) --budget candidates=400"
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 check: lint test
 

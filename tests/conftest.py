@@ -38,6 +38,11 @@ hypothesis.settings.load_profile("fixed")
 DATA = Path(os.environ.get("MERGEFRONT_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 """Real problems (gsm8k_test.jsonl and others), which are not part of the project; tests of them skip without."""
 CHIMERA = Path(__file__).parent.parent / "experiments" / "chimera_mini"
+LONG = (
+    "test_resume", "test_proxy_parking", "test_proxy_search", "test_engine_contract", "test_search", "test_sittings",
+    "test_cli", "test_deltas_search", "test_tracker",
+)  # fmt: skip
+"""Modules that take minutes: begun first, so that no worker is left with one at the end."""
 VOCABULARY = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "</think>", *"0123456789+-*=;?"]
 
 _COMMON = {
@@ -51,6 +56,12 @@ _COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.2,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long modules before the others, which stay in their order."""
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
 
 
 def _configs(width: int, **of_deepseek: Any) -> dict[str, Callable[[], PretrainedConfig]]:

@@ -19,7 +19,9 @@ from fitness.proxy.irt import ItemResponse
 from fitness.tasks.arithmetic import Arithmetic, solve
 from fitness.types import Split
 from tests.searching import events
-from tests.test_proxy_search import N, of_search, opened, write_config
+from tests.test_proxy_search import N, nothing_held_out, of_search, opened, write_config
+
+__all__ = ["nothing_held_out"]  # a fixture
 
 GAIN = 0.002
 
