@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from evo.checkpoint import read_json
 
 _TOKENIZER = "tokenizer_config.json"
 _KEY = "chat_template"
@@ -22,15 +25,18 @@ def check_template(text: str) -> None:
 
 
 def template_of(folder: Path) -> str | None:
-    """The chat template that `transformers` finds in a checkpoint's folder, of several the default one; None: none."""
+    """The chat template that `transformers` finds in a checkpoint's folder, of several the default one; None: none.
+
+    Raises:
+        CheckpointError: if the tokenizer's config cannot be read.
+    """
     if (file := folder / _FILE).is_file():
-        return file.read_text()
-    if not (said := folder / _TOKENIZER).is_file():
-        return None
-    found = json.loads(said.read_text()).get(_KEY)
+        return file.read_text(encoding="utf-8")
+    found = _settings(folder).get(_KEY)
     if isinstance(found, list):
-        found = {named["name"]: named["template"] for named in found}.get("default")
-    return found or None
+        named = (one for one in found if isinstance(one, dict) and one.get("name") == "default")
+        found = next(named, {}).get("template")
+    return found if found and isinstance(found, str) else None
 
 
 def put_template(text: str, folder: Path) -> None:
@@ -41,6 +47,14 @@ def put_template(text: str, folder: Path) -> None:
         folder: of the checkpoint, with its tokenizer's files; templates are kept in any of three.
     """
     (folder / _OF_PROCESSORS).unlink(missing_ok=True)
-    if (said := folder / _TOKENIZER).is_file() and _KEY in (settings := json.loads(said.read_text())):
-        said.write_text(json.dumps({k: v for k, v in settings.items() if k != _KEY}, indent=2, ensure_ascii=False))
-    (folder / _FILE).write_text(text)
+    if _KEY in (settings := _settings(folder)):
+        del settings[_KEY]
+        (folder / _TOKENIZER).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / _FILE).write_text(text, encoding="utf-8")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the tokenizer's config says; empty where there is none."""
+    file = folder / _TOKENIZER
+    settings = read_json(file) if file.is_file() else {}
+    return settings if isinstance(settings, dict) else {}

@@ -67,9 +67,10 @@ def test_no_other_template_is_left(tmp_path):
     assert not (tmp_path / "chat_template.json").exists()
 
 
-@pytest.mark.parametrize("text", ["{{ raise_exception('roles must alternate') }}", "{{ tools[0].name }}",
+@pytest.mark.parametrize("text", ["{{ raise_exception('roles must alternate') }}", "{{ tools[0].name }}", "{{ 1 / 0 }}",
+                                  "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
                                   "{% generation %}{{ messages[0].content }}{% endgeneration %}"])  # fmt: skip
-def test_a_template_that_wants_more_than_a_question_is_taken(models, tmp_path, text):
+def test_a_template_is_read_and_not_run(models, tmp_path, text):
     (models / "recipe.yaml").write_text(f"{HEAD}chat_template: {json.dumps(text)}\n")
     merge(models / "recipe.yaml", tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == text
@@ -85,6 +86,7 @@ def test_a_template_that_wants_more_than_a_question_is_taken(models, tmp_path, t
         ({"base": ROLES, "a": "{{ 2 }}", "b": [{"name": "tool_use", "template": "?"},
                                                {"name": "default", "template": ROLES}]}, "base"),
         ({"base": None, "a": None, "b": None}, "base"),
+        ({"base": [3, {"name": "rag"}, {"name": "default", "template": 3}], "a": ROLES, "b": None}, "a"),
     ],
 )  # fmt: skip
 def test_auto_is_what_most_models_have(models, tmp_path, templates, owner):
