@@ -1,7 +1,5 @@
 """What a worker asks an engine, and what it makes of the answers."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from evo.types import Candidate, Origin, Status
@@ -10,22 +8,17 @@ from fitness.orderliness import Orderliness
 from fitness.tasks.arithmetic import Arithmetic, solve
 from fitness.types import Completion, Finish, Split
 from search_spaces.recipe import Recipe, Source
+from tests.test_proxy_trial import Silent
 
 CANDIDATE = Candidate(3, "c3", Origin.SEARCH, 1, Recipe({"a": Source("a")}, "a", "a"))
 N = 12
 
 
-class Calculator:
+class Calculator(Silent):
     """Answers with one token for each digit, and is cut off as a model is."""
 
     def __init__(self):
         self.asked = []
-
-    def host(self, writer, **arguments):
-        pass
-
-    def update(self, recipe):
-        return SimpleNamespace(seconds=0.0, n_written=1, n_skipped=0, n_compiled=0, delta_errors={})
 
     def generate(self, prompts, *, max_tokens, seeds):
         self.asked.append((list(prompts), max_tokens))
