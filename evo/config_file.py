@@ -21,6 +21,7 @@ from evo.merge import get_method
 from evo.places import Place, describe, listed, read
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
+from fitness.tasks.mixture import weight_of
 from fitness.types import Split
 from search_spaces import SPACES
 
@@ -108,7 +109,16 @@ def _validated(data: Mapping[str, Any], folder: Path, lines: Mapping[Place, int]
 
 def _mistakes(config: Config, lines: Mapping[Place, int]) -> Iterator[tuple[Place, str]]:
     """What each section may say by itself, and is wrong with the others, its component or the disk."""
-    for checked in (_check_parents, _check_files, _check_knobs, _check_capabilities, _check_passed_on, _check_memory):
+    checks = (
+        _check_parents,
+        _check_files,
+        _check_parts,
+        _check_knobs,
+        _check_capabilities,
+        _check_passed_on,
+        _check_memory,
+    )
+    for checked in checks:
         yield from checked(config)
     for error in _check_options(config):
         yield _describe(lines, error, config)
@@ -139,19 +149,34 @@ def _check_options(config: Config) -> Iterator[dict[str, Any]]:
     sections: dict[Place, Any] = {(section,): getattr(config, section) for section in COMPONENTS}
     for place, said in (sections | _parts(config)).items():
         try:
-            component_options(said if isinstance(said, Component) else TaskConfig.model_validate(said))
+            component_options(said if isinstance(said, Component) else _task_of(said))
         except ValidationError as error:
             yield from ({**e, "loc": (*place, *e["loc"])} for e in error.errors())
 
 
 def _parts(config: Config) -> dict[Place, dict[str, Any]]:
-    """Where a mixture has a task -> what it says of it, but for its weight."""
+    """Where a mixture has a task -> what it says of it."""
     parts = config.task.options.get("tasks")
-    return {
-        ("task", "tasks", str(i)): {key: value for key, value in part.items() if key != "weight"}
-        for i, part in enumerate(parts if isinstance(parts, list) else ())
-        if isinstance(part, dict)
-    }
+    there = enumerate(parts if isinstance(parts, list) else ())
+    return {("task", "tasks", str(i)): part for i, part in there if isinstance(part, dict)}
+
+
+def _task_of(part: dict[str, Any]) -> TaskConfig:
+    """A task of a mixture by itself."""
+    return TaskConfig.model_validate({key: value for key, value in part.items() if key != "weight"})
+
+
+def _check_parts(config: Config) -> Iterator[tuple[Place, str]]:
+    """What a mixture says of its tasks, and their own options do not tell."""
+    for place, part in _parts(config).items():
+        try:
+            weight_of(part)
+        except ValueError as error:
+            yield (*place, "weight"), str(error).removeprefix("tasks: ")
+        if part.get("kind") == "mixture":
+            yield (*place, "kind"), "expected a task of its own: put those of an inner mixture beside the others"
+        for size in part.keys() & set(Split):
+            yield (*place, size), f"a mixture shares out its problems by weight: expected `{size}` beside `tasks`"
 
 
 def _check_parents(config: Config) -> Iterator[tuple[Place, str]]:
@@ -162,9 +187,11 @@ def _check_parents(config: Config) -> Iterator[tuple[Place, str]]:
 
 
 def _check_files(config: Config) -> Iterator[tuple[Place, str]]:
-    for key, table in _table_files(config.task.options):
-        if not Path(table).is_file():
-            yield ("task", key), f"no file at {table}"
+    tasks: dict[Place, dict[str, Any]] = {("task",): config.task.options} | _parts(config)
+    for place, options in tasks.items():
+        for key, table in _table_files(options):
+            if not Path(table).is_file():
+                yield (*place, key), f"no file at {table}"
 
 
 def _table_files(options: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -286,7 +313,7 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
     if config is None or place[0] not in COMPONENTS:
         return keys
     part = _parts(config).get(place)
-    component = getattr(config, place[0]) if part is None else TaskConfig.model_validate(part)
+    component = getattr(config, place[0]) if part is None else _task_of(part)
     target = pkgutil.resolve_name(component.kinds[component.kind])
     if len(place) == 2:
         return keys_of(target, place[1])

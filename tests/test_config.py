@@ -128,6 +128,17 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [{kind: [gsm8k]}]}"): [
         "search.yaml:5: task.tasks.0.kind: Input should be a valid string",
     ],
+    ("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [\n  {kind: arithmetic, weight: 0, search: 5}]}"): [
+        "search.yaml:6: task.tasks.0.weight: expected weights above 0, got 0",
+        "search.yaml:6: task.tasks.0.search: a mixture shares out its problems by weight: expected `search` beside",
+    ],
+    ("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [\n  {kind: arithmetic, weight: true}]}"): ["got True"],
+    ("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [\n  {kind: table, path: x.jsonl}]}"): [
+        "search.yaml:6: task.tasks.0.path: no file at ",
+    ],
+    ("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [\n  {kind: mixture, tasks: [{kind: gsm8k}]}]}"): [
+        "search.yaml:6: task.tasks.0.kind: expected a task of its own",
+    ],
     ("dtype: float32", "decoding: {temprature: 1}"): [
         "search.yaml:6: engine.decoding.temprature: unknown key 'temprature': expected one of samples, greedy,",
         "did you mean 'temperature'?",

@@ -38,9 +38,7 @@ class Mixture:
         if not tasks:
             raise ValueError("tasks: expected at least one")
         self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
-        self._tasks, self._weights = list(tasks), [part.get("weight", 1.0) for part in tasks]
-        if odd := [w for w in self._weights if not isinstance(w, int | float) or not 0 < w < math.inf]:
-            raise ValueError(f"tasks: expected weights above 0, got {odd[0]!r}")
+        self._tasks, self._weights = list(tasks), [weight_of(part) for part in tasks]
         self._owner: dict[str, Task] = {}
         self._splits: dict[Split, list[Problem]] = {}
         taken: set[str] = set()
@@ -96,6 +94,18 @@ def _draw(part: Mapping[str, Any], split: Split, n: int, taken: Collection[str])
         if len(fresh) >= n:
             return task, fresh[:n]
         asked += n - len(fresh)
+
+
+def weight_of(part: Mapping[str, Any]) -> float:
+    """What a part says its weight is, 1 if it says nothing.
+
+    Raises:
+        ValueError: if that is no number above 0.
+    """
+    weight = part.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ValueError(f"tasks: expected weights above 0, got {weight!r}")
+    return weight
 
 
 def shares(weights: Sequence[float], n: int) -> list[int]:
