@@ -38,6 +38,8 @@ hypothesis.settings.load_profile("fixed")
 DATA = Path(os.environ.get("MERGEFRONT_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 """Real problems (gsm8k_test.jsonl and others), which are not part of the project; tests of them skip without."""
 CHIMERA = Path(__file__).parent.parent / "experiments" / "chimera_mini"
+PARENTS = Path(__file__).parent / "parents"
+"""What searches merge, where experts do not matter: chimera-mini's skills in a model that is four times as fast."""
 LONG = (
     "test_resume", "test_proxy_parking", "test_proxy_search", "test_engine_contract", "test_search", "test_sittings",
     "test_cli", "test_deltas_search", "test_tracker",
@@ -158,8 +160,8 @@ def chimera() -> Config:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Search:
-    """A search on the built-in parents that ran to its end without interruption; not to be changed."""
-    from tests.searching import write_config  # which is about the parents above
+    """A search on the parents that ran to its end without interruption; not to be changed."""
+    from tests.searching import write_config  # which imports this module
 
     folder = tmp_path_factory.mktemp("finished")
     search = Search.from_yaml(write_config(folder), folder / "run")

@@ -1,4 +1,4 @@
-"""Searches on the built-in parents, what they record, and what plain transformers says of a checkpoint."""
+"""Searches, what they record, and what plain transformers says of a checkpoint."""
 
 from contextlib import closing
 from pathlib import Path
@@ -10,15 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evo.ledger import Ledger
 from fitness.tasks.arithmetic import solve
 from fitness.types import Split
-from tests.conftest import CHIMERA
+from tests.conftest import PARENTS
 
 SIZES = {"search": 24, "reserve": 8, "held_out": 40}
-
-
 MAX_TOKENS = 110
 
 
-def write_config(folder: Path, *, parents: Path = CHIMERA, optimizer="{kind: cma_es, population: 5}", candidates=14):
+def write_config(folder: Path, *, parents: Path = PARENTS, optimizer="{kind: cma_es, population: 5}", candidates=14):
     text = f"""\
 parents: {{reasoner: {parents}/reasoner, concise: {parents}/concise}}
 base: {parents}/base

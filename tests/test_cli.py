@@ -16,7 +16,7 @@ from rich.console import Console
 from evo import Search, terminal
 from evo.history import History
 from evo.ledger import Ledger
-from tests.conftest import CHIMERA
+from tests.conftest import CHIMERA, PARENTS
 from tests.searching import write_config
 
 
@@ -186,15 +186,15 @@ def test_interrupts_end_cleanly(tmp_path, sent):
         (["plan", "{config}", "--tokens", "inf"], "--tokens: expected at most engine.max_tokens (110), got inf"),
         (["eval", "{run}", "--task", "gsm8k", "--engine", "max_tokens=5"], "say it as --max-tokens"),
         (["eval", "{run}", "--task", "gsm8k", "--limit", "5"], "--limit is for --harness"),
-        (["eval", "{chimera}", "--task", "arithmetic:helt_out=9"], "did you mean 'held_out'?"),
-        (["eval", "{chimera}", "--task", "arithmetic", "--engine", "dtyp=float32"], "dtyp: unknown key 'dtyp'"),
-        (["eval", "{chimera}", "--task", "arithmetic", "--max-tokens", "0"], "max_tokens: Input should be greater"),
+        (["eval", "{parent}", "--task", "arithmetic:helt_out=9"], "did you mean 'held_out'?"),
+        (["eval", "{parent}", "--task", "arithmetic", "--engine", "dtyp=float32"], "dtyp: unknown key 'dtyp'"),
+        (["eval", "{parent}", "--task", "arithmetic", "--max-tokens", "0"], "max_tokens: Input should be greater"),
         (["eval", "{run}", "--task", 'table:path="x'], "path: expected a number, a word"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_1(arguments, expected, tmp_path):
     names = {"config": write_config(tmp_path), "run": tmp_path / "run", "missing": tmp_path / "missing"}
-    names["chimera"] = CHIMERA / "concise"
+    names["parent"] = PARENTS / "concise"
     result = mergefront(*[argument.format(**names) for argument in arguments])
     assert result.returncode == 1
     assert expected in result.stderr and "Traceback" not in result.stderr

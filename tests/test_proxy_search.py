@@ -16,22 +16,21 @@ from evo.tracking.generations import Record
 from evo.types import Origin, Status
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Split
-from tests.conftest import CHIMERA
+from tests.conftest import PARENTS
 from tests.searching import events
 
 N = 18
 TOLERANCE = 0.04
-EAGER = "options: {experts_implementation: eager}"
 
 
 def write_config(folder, *, proxy=None, optimizer="{kind: random}", candidates=13):
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"enabled": True, "chosen": 8, "screen": 0, "tolerance": TOLERANCE, "gain": 0, **(proxy or {})}
     (folder / "search.yaml").write_text(f"""\
-parents: {{reasoner: {CHIMERA}/reasoner, concise: {CHIMERA}/concise}}
-base: {CHIMERA}/base
+parents: {{reasoner: {PARENTS}/reasoner, concise: {PARENTS}/concise}}
+base: {PARENTS}/base
 task: {{kind: arithmetic, search: {N}, reserve: 4, held_out: 4}}
-engine: {{dtype: float32, device: cpu, batch_size: 64, max_tokens: 110, threads: 1, {EAGER}}}
+engine: {{dtype: float32, device: cpu, batch_size: 64, max_tokens: 110, threads: 1}}
 optimizer: {optimizer}
 baselines: {{line_points: 3}}
 proxy: {{{", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())}}}

@@ -36,7 +36,9 @@ def test_a_search_without_a_file(tmp_path, monkeypatch):
     assert len(front.evaluated) == 5
     member = front.members[-1]
     assert front.pick(member.ask.id) is member
-    assert (search.export(member.ask.id, tmp_path / "out") / "config.json").is_file()
+    out = search.export(member.ask.id, tmp_path / "out")
+    assert (out / "config.json").is_file()
+    assert "no mergekit.yaml: " in (out / "README.md").read_text() and not (out / "mergekit.yaml").exists()  # experts
     head, *lines = repr(front).splitlines()
     assert head.startswith(f"Pareto front: {len(front.members)} of 5 models, hypervolume {front.hypervolume:.4f}")
     assert lines == [repr(row) for row in front.members]

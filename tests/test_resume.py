@@ -19,7 +19,7 @@ from evo.config import Budget, ConfigError
 from evo.export import ExportError
 from evo.loop import ResumeError, SearchError
 from evo.run_folder import BusyError, hold, request_stop
-from tests.conftest import CHIMERA
+from tests.conftest import PARENTS
 from tests.searching import MAX_TOKENS, events, search_entries, write_config
 
 
@@ -83,7 +83,7 @@ class TestRefused:
     def test_parents_in_another_order(self, finished, tmp_path):
         """Another tokenizer, and coefficients that count from the other end, though no key has changed."""
         path = write_config(tmp_path)
-        first, second = (f"{name}: {CHIMERA}/{name}" for name in ("reasoner", "concise"))
+        first, second = (f"{name}: {PARENTS}/{name}" for name in ("reasoner", "concise"))
         path.write_text(path.read_text().replace(f"{first}, {second}", f"{second}, {first}"))
         with pytest.raises(ResumeError, match=r"the order of parents: \['reasoner', 'concise'\] when the run started"):
             Search.from_yaml(path, finished.folder).run()
@@ -91,7 +91,7 @@ class TestRefused:
     @pytest.fixture
     def own_parents(self, tmp_path):
         for name in ("reasoner", "concise", "base"):
-            shutil.copytree(CHIMERA / name, tmp_path / "parents" / name)
+            shutil.copytree(PARENTS / name, tmp_path / "parents" / name)
         return tmp_path / "parents"
 
     def test_a_parent_that_changed(self, own_parents, tmp_path):
@@ -148,7 +148,7 @@ class TestRefused:
         assert len(Search.from_yaml(path, tmp_path / "run").run().evaluated) == 2
 
     def test_a_parent_is_no_run_folder(self, tmp_path):
-        parents = shutil.copytree(CHIMERA, tmp_path / "parents")
+        parents = shutil.copytree(PARENTS, tmp_path / "parents")
         before = sorted(parents.rglob("*"))
         with pytest.raises(ConfigError, match="is the checkpoint 'concise': expected a folder of the run's own"):
             Search.from_yaml(write_config(tmp_path, parents=parents), parents / "concise").run()

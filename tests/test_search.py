@@ -1,4 +1,4 @@
-"""Whole searches on the built-in parents: real checkpoints, a real model, a real ledger."""
+"""Whole searches: real checkpoints, a real model, a real ledger."""
 
 from contextlib import closing
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from evo.types import Origin, Status
 from fitness.tasks.arithmetic import Arithmetic
 from fitness.types import Split
 from search_spaces.recipe import Source
-from tests.conftest import CHIMERA
+from tests.conftest import CHIMERA, PARENTS
 from tests.searching import MAX_TOKENS, SIZES, events, generate_with_transformers, write_config
 
 
@@ -39,7 +39,7 @@ class TestFinishedRun:
         with closing(Ledger.open(finished.folder, read_only=True)) as ledger:
             score = ledger.score(row.search)
         questions = [p.question for p in Arithmetic(**SIZES, seed=0).problems(Split.SEARCH)]
-        correct, n_tokens = generate_with_transformers(CHIMERA / parent, questions)
+        correct, n_tokens = generate_with_transformers(PARENTS / parent, questions)
         assert score.correct[:, 0].tolist() == correct.tolist()
         assert score.n_tokens[:, 0].tolist() == n_tokens.tolist()
 
@@ -140,7 +140,7 @@ def test_an_empty_decoding_is_the_default(tmp_path, finished):
     assert [row.losses for row in found] == [row.losses for row in finished.front().evaluated[:2]]
     assert plan_search(load_config(path), out=tmp_path).load.answers == SIZES["search"]
     engine = {"dtype": "float32", "device": "cpu", "max_tokens": MAX_TOKENS, "decoding": None}
-    (figures,) = score_checkpoint(CHIMERA / "concise", [{"kind": "arithmetic", "held_out": 5}], engine)
+    (figures,) = score_checkpoint(PARENTS / "concise", [{"kind": "arithmetic", "held_out": 5}], engine)
     assert figures["n_samples"] == 1
 
 
@@ -173,7 +173,8 @@ def test_as_many_line_points_as_there_may_be_have_names_of_their_own(chimera):
 
 
 def test_swaps_are_baselines_and_the_optimizer_starts_from_the_best(tmp_path):
-    path = write_config(tmp_path, candidates=30, optimizer="{kind: cma_es, population: 4, sigma: 0.001}")
+    optimizer = "{kind: cma_es, population: 4, sigma: 0.001}"
+    path = write_config(tmp_path, parents=CHIMERA, candidates=30, optimizer=optimizer)
     path.write_text(path.read_text() + "baselines: {average: false, swaps: true}\n")
     search = Search.from_yaml(path, tmp_path / "run")
 

@@ -27,7 +27,7 @@ from evo.tracking import tracker
 from evo.types import Status
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Split
-from tests.conftest import CHIMERA
+from tests.conftest import PARENTS
 from tests.searching import MAX_TOKENS, write_config
 
 
@@ -103,7 +103,7 @@ class TestProblems:
 def test_parents_may_move(tmp_path):
     for place in ("old", "new"):
         for name in ("reasoner", "concise", "base"):
-            shutil.copytree(CHIMERA / name, tmp_path / place / name)
+            shutil.copytree(PARENTS / name, tmp_path / place / name)
     Search.from_yaml(write_config(tmp_path, parents=tmp_path / "old", candidates=3), tmp_path / "run").run()
     with closing(Ledger.open(tmp_path / "run", read_only=True)) as ledger:
         id = ledger.id
@@ -152,7 +152,7 @@ def test_an_optimizer_is_told_of_its_own_proposals_what_is_recorded(tmp_path, mo
 
 def test_settings_that_differ_are_told(tmp_path, caplog):
     for name in ("reasoner", "concise", "base"):
-        shutil.copytree(CHIMERA / name, tmp_path / "own" / name)
+        shutil.copytree(PARENTS / name, tmp_path / "own" / name)
     config = tmp_path / "own" / "concise" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 250}))
     Search.from_yaml(write_config(tmp_path, parents=tmp_path / "own"), tmp_path / "run").run(budget=Budget(tokens=1))
@@ -161,7 +161,7 @@ def test_settings_that_differ_are_told(tmp_path, caplog):
 
 def test_parents_that_are_written_to_meanwhile(tmp_path):
     for name in ("reasoner", "concise", "base"):
-        shutil.copytree(CHIMERA / name, tmp_path / "own" / name)
+        shutil.copytree(PARENTS / name, tmp_path / "own" / name)
     search = Search.from_yaml(write_config(tmp_path, parents=tmp_path / "own", candidates=6), tmp_path / "run")
 
     def spoil(event):
@@ -253,7 +253,7 @@ class TestFailures:
         with pytest.raises(SearchError, match=rf"with ValueError: {where}\. They are recorded"):
             Search.from_yaml(path, tmp_path / "run").run()
         rule = "{method: mine, coefficients: {donor: 0.5}}"
-        sources = f"{{donor: {{path: {CHIMERA}/reasoner}}, base: {{path: {CHIMERA}/concise}}}}"
+        sources = f"{{donor: {{path: {PARENTS}/reasoner}}, base: {{path: {PARENTS}/concise}}}}"
         path.write_text(f"version: 1\nsources: {sources}\nbase: base\ninterface: base\nrules: [{rule}]\n")
         result = CliRunner().invoke(app, ["merge", str(path), "--out", str(tmp_path / "out")])
         assert result.exit_code == 1 and re.search(rf"^error: {where}$", result.stderr, re.MULTILINE)

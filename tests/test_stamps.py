@@ -9,7 +9,7 @@ import pytest
 
 from evo.checkpoint import Checkpoint
 from evo.stamps import Stamps
-from tests.conftest import CHIMERA
+from tests.conftest import PARENTS
 
 
 def _write(file):
@@ -32,7 +32,7 @@ def _replace(file):
 
 @pytest.mark.parametrize("change", [_write, _truncate, _replace, os.remove])
 def test_a_change(tmp_path, change):
-    folders = [shutil.copytree(CHIMERA / name, tmp_path / name) for name in ("reasoner", "concise")]
+    folders = [shutil.copytree(PARENTS / name, tmp_path / name) for name in ("reasoner", "concise")]
     stamps = Stamps.of_weights(map(Checkpoint.open, folders))
     file = next(folders[1].glob("*.safetensors"))
     file.read_bytes()
