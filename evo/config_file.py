@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import pkgutil
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ def _keys_at(place: tuple[str, ...], config: Config | None) -> list[str]:
     if not place:
         return list(Config.model_fields)
     section: Any = Config.model_fields[place[0]].annotation
-    keys = list(section.model_fields)
+    keys = [field.name for field in fields(section)] if is_dataclass(section) else list(section.model_fields)
     if config is None or place[0] not in COMPONENTS:
         return keys
     part = _parts(config).get(place)

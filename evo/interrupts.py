@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM (a preempted job) end a sitting alike, so that files are closed on the way out.
+"""Ctrl-C, SIGTERM (a preempted job) and SIGHUP (a connection that is lost) end a sitting alike: files are closed on the
+way out.
 
 Libraries written in C may swallow a KeyboardInterrupt and raise an error of their own, which would read as a candidate
 that cannot be scored. So a signal is also remembered, and whoever turns errors into data asks `pending` first.
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _came = threading.Event()
 
 
@@ -23,7 +23,7 @@ def pending() -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Both signals raise KeyboardInterrupt in the block. Only the main thread can ask for that."""
+    """The signals raise KeyboardInterrupt in the block. Only the main thread can ask for that."""
     _came.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -33,10 +33,17 @@ def interruptible() -> Iterator[None]:
         _came.set()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    before = {number: signal.signal(number, interrupt) for number in _signals()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _came.clear()
+
+
+def _signals() -> Iterator[signal.Signals]:
+    """Those that end a sitting, among them SIGHUP where there is one and `nohup` does not keep it away."""
+    yield from (signal.SIGINT, signal.SIGTERM)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        yield signal.SIGHUP

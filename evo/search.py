@@ -90,7 +90,7 @@ class Search:
     def run(self, watch: Watcher | None = None, budget: Budget | Mapping[str, Any] | None = None) -> Front:
         """Search until the budget is spent or somebody asks to stop; then score the front on held-out problems.
 
-        Starts the run or goes on with it. Ctrl-C, SIGTERM and `kill -9` lose at most the evaluation in flight.
+        Starts the run or goes on with it. Ctrl-C, SIGTERM, SIGHUP and `kill -9` lose at most the evaluation in flight.
 
         Args:
             watch: called after each evaluation.

@@ -139,6 +139,9 @@ MISTAKES = {  # what is changed -> what the message must hold
     ("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [\n  {kind: mixture, tasks: [{kind: gsm8k}]}]}"): [
         "search.yaml:6: task.tasks.0.kind: expected a task of its own",
     ],
+    ("budget: {", "orderliness: {correction: {}}\nbudget: {"): [
+        "search.yaml:8: orderliness.correction: unknown key 'correction': expected one of ngram, corrections; did you",
+    ],
     ("dtype: float32", "decoding: {temprature: 1}"): [
         "search.yaml:6: engine.decoding.temprature: unknown key 'temprature': expected one of samples, greedy,",
         "did you mean 'temperature'?",

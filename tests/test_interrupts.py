@@ -31,3 +31,22 @@ def test_a_swallowed_interrupt_is_no_failed_candidate():
     with interruptible(), pytest.raises(KeyboardInterrupt):
         worker.evaluate(Candidate(0, "c0", Origin.SEARCH, 0, recipe, np.zeros(1, np.float32)), "search")
     assert not pending()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_each_signal_interrupts_and_is_handled_as_before_afterwards(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_what_nohup_keeps_away_stays_away():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not pending()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
