@@ -226,11 +226,12 @@ def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
             'capabilities = frozenset({"generate"})',
         )
         return
-    asked: list[tuple[tuple[str, ...], str, frozenset[str]]] = []
-    for section, table in (("space", SPACES), ("task", TASKS)):
-        kind = getattr(config, section).kind
-        needs: frozenset[str] = getattr(pkgutil.resolve_name(table[kind]), "needs", frozenset())
-        asked.append(((section, "kind"), repr(kind), needs))
+    asked: list[tuple[Place, str, frozenset[str]]] = []
+    kinds: dict[Place, Any] = {("space",): config.space.kind, ("task",): config.task.kind}
+    kinds |= {place: part.get("kind") for place, part in _parts(config).items()}
+    for place, kind in kinds.items():
+        if found := (SPACES if place == ("space",) else TASKS).get(str(kind)):  # that of a part may be none
+            asked.append(((*place, "kind"), repr(kind), getattr(pkgutil.resolve_name(found), "needs", frozenset())))
     if config.proxy.enabled and config.proxy.likelihood:
         asked.append((("proxy", "likelihood"), "the likelihood screen", frozenset({"logprobs"})))
     for place, who, needs in asked:

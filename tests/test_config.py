@@ -252,6 +252,7 @@ def test_the_likelihood_screen_names_the_engine_that_can(write):
 
 
 def test_what_an_engine_lacks_is_told_when_the_config_is_read(write, monkeypatch):
+    from fitness.tasks import TASKS
     from search_spaces import SPACES
     from search_spaces.block import block
 
@@ -294,6 +295,10 @@ def test_what_an_engine_lacks_is_told_when_the_config_is_read(write, monkeypatch
     with pytest.raises(ConfigError, match="engines that have it: router"):
         load_config(write(text))
     load_config(write(text.replace("kind: deaf", "kind: router")))
+    monkeypatch.setitem(TASKS, "picky", "tests:picky")
+    mixture = GOOD.replace("{kind: arithmetic, search: 32}", "{kind: mixture, tasks: [{kind: picky}]}")
+    with pytest.raises(ConfigError, match=r"search.yaml:5: task.tasks.0.kind: 'picky' needs routing"):
+        load_config(write(mixture))
     with pytest.raises(
         ConfigError, match=r"engine.kind: tests:mute does not say what it can do: expected a class attr"
     ):

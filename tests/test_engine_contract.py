@@ -85,6 +85,7 @@ def test_weights_and_text_are_those_of_the_export_even_after_twenty_updates(kind
 @pytest.mark.skipif(find_compiler() is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_has_the_text_of_the_export_after_updates(tmp_path):
     config = CONFIGS_OF_ENGINES["llama"]()
+    config.num_hidden_layers = 2  # each more takes the compiler many seconds
     parents = {name: make_checkpoint(tmp_path / name, config, seed) for seed, name in enumerate(["a", "b"])}
     counters = torch._dynamo.utils.counters
     counters.clear()
