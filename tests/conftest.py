@@ -41,8 +41,8 @@ CHIMERA = Path(__file__).parent.parent / "experiments" / "chimera_mini"
 PARENTS = Path(__file__).parent / "parents"
 """What searches merge, where experts do not matter: chimera-mini's skills in a model that is four times as fast."""
 LONG = (
-    "test_resume", "test_proxy_parking", "test_proxy_search", "test_engine_contract", "test_search", "test_sittings",
-    "test_cli", "test_deltas_search", "test_tracker",
+    "test_resume", "test_engine_contract", "test_sittings", "test_proxy_parking", "test_cli", "test_search",
+    "test_tracker", "test_decoding", "test_proxy_search", "test_hub_download",
 )  # fmt: skip
 """Modules that take minutes: begun first, so that no worker is left with one at the end."""
 VOCABULARY = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "</think>", *"0123456789+-*=;?"]
