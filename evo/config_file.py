@@ -176,7 +176,7 @@ def _check_parts(config: Config) -> Iterator[tuple[Place, str]]:
             yield (*place, "weight"), str(error).removeprefix("tasks: ")
         if part.get("kind") == "mixture":
             yield (*place, "kind"), "expected a task of its own: put those of an inner mixture beside the others"
-        for size in part.keys() & set(Split):
+        for size in (split for split in Split if split in part):
             yield (*place, size), f"a mixture shares out its problems by weight: expected `{size}` beside `tasks`"
 
 
@@ -230,7 +230,7 @@ def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
     kinds: dict[Place, Any] = {("space",): config.space.kind, ("task",): config.task.kind}
     kinds |= {place: part.get("kind") for place, part in _parts(config).items()}
     for place, kind in kinds.items():
-        if found := (SPACES if place == ("space",) else TASKS).get(str(kind)):  # that of a part may be none
+        if found := (SPACES if place == ("space",) else TASKS).get(str(kind)):  # a part's is checked later
             asked.append(((*place, "kind"), repr(kind), getattr(pkgutil.resolve_name(found), "needs", frozenset())))
     if config.proxy.enabled and config.proxy.likelihood:
         asked.append((("proxy", "likelihood"), "the likelihood screen", frozenset({"logprobs"})))

@@ -1,4 +1,4 @@
-"""Trains the parents that searches in the tests merge: about five minutes on one CPU core.
+"""Trains the parents that searches in the tests merge: about six minutes on one CPU core.
 
     python tests/parents/train.py --out tests/parents
 
@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "chimera_mini"))
 from train import TOKEN_ID, VOCABULARY, attention_only, build_tokenizer, train  # a script, no package
 
+_SPECIAL = {"pad": "<pad>", "bos": "<|begin_of_sentence|>", "eos": "<|end_of_sentence|>"}
+
 
 def build_model() -> LlamaForCausalLM:
     """A freshly initialised model; draws from torch's global generator."""
@@ -35,9 +37,6 @@ def build_model() -> LlamaForCausalLM:
             **ids,
         )
     )
-
-
-_SPECIAL = {"pad": "<pad>", "bos": "<|begin_of_sentence|>", "eos": "<|end_of_sentence|>"}
 
 
 def skill_rate(role: str) -> float:
