@@ -97,3 +97,11 @@ def test_no_chat_template_means_plain_text(tmp_path):
     (path / "chat_template.jinja").unlink()
     engine = TransformersEngine(str(path), dtype="float32", device="cpu")
     assert engine._text.encode("1+2") == [7, 16, 8]
+
+
+@pytest.mark.parametrize("options", [{"attn_implementaton": "eager"}, {"attn_implementation": [1]}])
+def test_options_that_transformers_does_not_take_are_named(parents, options):
+    with pytest.raises(
+        ValueError, match=rf"^engine.options: .*{next(iter(options))}.*expected arguments of from_pretr"
+    ):
+        TransformersEngine(str(parents["a"]), dtype="float32", device="cpu", options=options)

@@ -54,8 +54,9 @@ class TransformersEngine:
         options: passed on to from_pretrained (attn_implementation, experts_implementation, ...).
 
     Raises:
-        ValueError: if the device is not there, nothing names a stop token, the generation config asks for
-            what is not followed here, the model's cache is none that is known here, or there is no way to compile.
+        ValueError: if the device is not there, transformers does not take the options, nothing names a stop token,
+            the generation config asks for what is not followed here, the model's cache is none that is known here,
+            or there is no way to compile.
     """
 
     capabilities = frozenset({"generate", "logprobs"})
@@ -81,7 +82,7 @@ class TransformersEngine:
         self.batch_size = None if batch_size == "auto" else batch_size
         self._decoding = decoding or Decoding()
         logging.disable_progress_bar()
-        self._model = load_model(checkpoint, getattr(torch, dtype), **(options or {})).to(self.device)
+        self._model = _loaded(checkpoint, getattr(torch, dtype), options or {}).to(self.device)
         self._model.eval()
         check_cache(self._model)
         self.caveat = _caveat_of(self._model.config.get_text_config())
@@ -180,6 +181,23 @@ def longest_prompt(
     before = [{"role": "system", "content": system}] if system else []
     asked = ([*before, {"role": "user", "content": prompt}] for prompt in prompts)
     return max((len(encode(tokenizer, messages, chat or {})) for messages in asked), default=0)
+
+
+def _loaded(checkpoint: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    """A model, loaded with options of a config. What transformers does not know, it hands to the model's own class.
+
+    Raises:
+        ValueError: for options that transformers does not take.
+    """
+    try:
+        return load_model(checkpoint, dtype, **options)
+    except (TypeError, AttributeError, KeyError) as error:
+        if not options:
+            raise
+        raise ValueError(
+            f"engine.options: transformers cannot load a model with {dict(options)} ({type(error).__name__}: {error}): "
+            "expected arguments of from_pretrained, such as attn_implementation: sdpa"
+        ) from error
 
 
 def load_model(checkpoint: str, dtype: torch.dtype, **options: Any) -> Any:
