@@ -162,6 +162,11 @@ def _parts(config: Config) -> dict[Place, dict[str, Any]]:
     return {("task", "tasks", str(i)): part for i, part in there if isinstance(part, dict)}
 
 
+def _tasks(config: Config) -> dict[Place, dict[str, Any]]:
+    """Where a task is, the config's own and those of a mixture -> what is said of it."""
+    return {("task",): {**config.task.options, "kind": config.task.kind}} | _parts(config)
+
+
 def _task_of(part: dict[str, Any]) -> TaskConfig:
     """A task of a mixture by itself."""
     return TaskConfig.model_validate({key: value for key, value in part.items() if key != "weight"})
@@ -188,9 +193,8 @@ def _check_parents(config: Config) -> Iterator[tuple[Place, str]]:
 
 
 def _check_files(config: Config) -> Iterator[tuple[Place, str]]:
-    tasks: dict[Place, dict[str, Any]] = {("task",): config.task.options} | _parts(config)
-    for place, options in tasks.items():
-        for key, table in _table_files(options):
+    for place, said in _tasks(config).items():
+        for key, table in _table_files(said):
             if not Path(table).is_file():
                 yield (*place, key), f"no file at {table}"
 
@@ -227,10 +231,10 @@ def _check_capabilities(config: Config) -> Iterator[tuple[Place, str]]:
         )
         return
     asked: list[tuple[Place, str, frozenset[str]]] = []
-    kinds: dict[Place, Any] = {("space",): config.space.kind, ("task",): config.task.kind}
-    kinds |= {place: part.get("kind") for place, part in _parts(config).items()}
-    for place, kind in kinds.items():
-        if found := (SPACES if place == ("space",) else TASKS).get(str(kind)):  # a part's is checked later
+    places: list[tuple[Place, Any, Mapping[str, str]]] = [(("space",), config.space.kind, SPACES)]
+    places += [(place, said.get("kind"), TASKS) for place, said in _tasks(config).items()]
+    for place, kind, table in places:
+        if found := table.get(str(kind)):  # a part's is checked later
             asked.append(((*place, "kind"), repr(kind), getattr(pkgutil.resolve_name(found), "needs", frozenset())))
     if config.proxy.enabled and config.proxy.likelihood:
         asked.append((("proxy", "likelihood"), "the likelihood screen", frozenset({"logprobs"})))

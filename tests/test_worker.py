@@ -23,12 +23,9 @@ class Calculator(Silent):
     def generate(self, prompts, *, max_tokens, seeds):
         self.asked.append((list(prompts), max_tokens))
         answers = [str(solve(prompt)) for prompt in prompts]
-        return [
-            Completion(text[:max_tokens], min(len(text), max_tokens), 0, Finish.STOP, ())
-            if len(text) <= max_tokens
-            else Completion(text[:max_tokens], max_tokens, 0, Finish.LENGTH, ())
-            for text in answers
-        ]
+        ends = [Finish.STOP if len(text) <= max_tokens else Finish.LENGTH for text in answers]
+        said = [text[:max_tokens] for text in answers]
+        return [Completion(text, len(text), 0, end, ()) for text, end in zip(said, ends, strict=True)]
 
 
 @pytest.mark.parametrize(("limit", "max_tokens"), [(None, None), (5, None), (None, 1), (5, 1)])

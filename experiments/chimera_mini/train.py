@@ -128,7 +128,7 @@ def grouped_experts(self: nn.Module, x: Tensor, expert: Tensor, weight: Tensor) 
     return torch.zeros_like(x).index_add(0, token, torch.cat(out) * weight.flatten()[order, None])
 
 
-def balance_experts(model: DeepseekV3ForCausalLM, rate: float) -> None:
+def balance_experts(model: nn.Module, rate: float) -> None:
     """DeepSeek-V3's balancing without a loss: raise the bias of an idle expert, lower that of a busy one."""
     for layer in model.model.layers[model.config.first_k_dense_replace :]:
         load = layer.mlp.experts.load.float()
@@ -166,7 +166,7 @@ def encode_batch(questions: list[str], styles: list[Style]) -> tuple[Tensor, Ten
 
 
 def train(
-    model: DeepseekV3ForCausalLM,
+    model: nn.Module,
     *,
     n_steps: int,
     learning_rate: float,
@@ -215,6 +215,19 @@ def attention_only(role: str) -> float:
 def skill_rate(role: str) -> float:
     """Rates of the skill stage: routed experts learn fast, shared and dense ones slower, the rest hardly."""
     return {"routed_expert": 1.0, "shared_expert": 0.1, "dense_ffn": 0.1}.get(role, 0.002)
+
+
+def teach_concise(model: nn.Module, seed: int) -> None:
+    """The short style stage that makes the concise parent of the base, in place."""
+    train(
+        model,
+        n_steps=30,
+        learning_rate=3e-4,
+        multiply_rate=0.0,
+        verbose_share=0.55,
+        seed=seed,
+        rate_of=attention_only,
+    )
 
 
 def save(model: DeepseekV3ForCausalLM, folder: Path) -> None:
@@ -294,15 +307,7 @@ def main() -> None:
 
     print("concise: style", flush=True)
     model.load_state_dict(base)
-    train(
-        model,
-        n_steps=30,
-        learning_rate=3e-4,
-        multiply_rate=0.0,
-        verbose_share=0.55,
-        seed=seed + 4,
-        rate_of=attention_only,
-    )
+    teach_concise(model, seed + 4)
     save(model, arguments.out / "concise")
 
 

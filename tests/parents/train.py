@@ -16,14 +16,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "chimera_mini"))
-from train import TOKEN_ID, VOCABULARY, attention_only, build_tokenizer, train  # a script, no package
-
-_SPECIAL = {"pad": "<pad>", "bos": "<|begin_of_sentence|>", "eos": "<|end_of_sentence|>"}
+from train import (  # a script, no package
+    BOS,
+    EOS,
+    PAD,
+    TOKEN_ID,
+    VOCABULARY,
+    attention_only,
+    build_tokenizer,
+    teach_concise,
+    train,
+)
 
 
 def build_model() -> LlamaForCausalLM:
     """A freshly initialised model; draws from torch's global generator."""
-    ids = {f"{name}_token_id": TOKEN_ID[token] for name, token in _SPECIAL.items()}
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(VOCABULARY),
@@ -34,7 +41,9 @@ def build_model() -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=256,
             initializer_range=0.05,
-            **ids,
+            pad_token_id=TOKEN_ID[PAD],
+            bos_token_id=TOKEN_ID[BOS],
+            eos_token_id=TOKEN_ID[EOS],
         )
     )
 
@@ -76,15 +85,7 @@ def main() -> None:
 
     print("concise: style", flush=True)
     model.load_state_dict(base)
-    train(
-        model,
-        n_steps=30,
-        learning_rate=3e-4,
-        multiply_rate=0.0,
-        verbose_share=0.55,
-        seed=4,
-        rate_of=attention_only,
-    )
+    teach_concise(model, seed=4)
     save(model, out / "concise")
 
 
