@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,13 +38,14 @@ app = typer.Typer(
     "`mergefront export runs/first --pick knee --out my-model`.",
 )
 
+_file = partial(typer.Argument, exists=True, dir_okay=False)  # told before torch is loaded, which takes seconds
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run (what --out named).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to search, and on what.")],
+    config: Annotated[Path, _file(metavar="CONFIG.yaml", help="What to search, and on what.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; made if it is not there.")],
     budget: Annotated[
         str | None,
@@ -69,7 +71,7 @@ def run(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What would be searched.")],
+    config: Annotated[Path, _file(metavar="CONFIG.yaml", help="What would be searched.")],
     out: Annotated[Path, typer.Option("--out", help="Where the run's files would go.")] = Path(),
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Also: bytes and seconds of each of so many processes, by layout.")
@@ -163,9 +165,7 @@ def export(
 
 @app.command()
 def merge(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.yaml of an export, or mergekit's YAML.")
-    ],
+    recipe: Annotated[Path, _file(metavar="RECIPE.yaml", help="A recipe.yaml of an export, or mergekit's YAML.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is there.")] = False,
     common_vocabulary: Annotated[

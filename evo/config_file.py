@@ -22,7 +22,7 @@ from evo.merge import get_method
 from evo.places import Place, describe, listed, read
 from fitness.engines import ENGINES, what_is_missing
 from fitness.tasks import TASKS
-from fitness.tasks.mixture import weight_of
+from fitness.tasks.mixture import mistakes_of
 from fitness.types import Split
 from search_spaces import SPACES
 
@@ -175,14 +175,7 @@ def _task_of(part: dict[str, Any]) -> TaskConfig:
 def _check_parts(config: Config) -> Iterator[tuple[Place, str]]:
     """What a mixture says of its tasks, and their own options do not tell."""
     for place, part in _parts(config).items():
-        try:
-            weight_of(part)
-        except ValueError as error:
-            yield (*place, "weight"), str(error).removeprefix("tasks: ")
-        if part.get("kind") == "mixture":
-            yield (*place, "kind"), "expected a task of its own: put those of an inner mixture beside the others"
-        for size in (split for split in Split if split in part):
-            yield (*place, size), f"a mixture shares out its problems by weight: expected `{size}` beside `tasks`"
+        yield from (((*place, key), said) for key, said in mistakes_of(part))
 
 
 def _check_parents(config: Config) -> Iterator[tuple[Place, str]]:

@@ -66,7 +66,7 @@ class Told:
         files, of_mergekit = {"recipe.yaml": said.to_yaml()}, list[str]()
         try:
             files[MERGEKIT_FILE], found = write_mergekit(recipe, sources)
-            of_mergekit += [f"{MERGEKIT_FILE}: {note}" for note in found]
+            of_mergekit += [f"{MERGEKIT_FILE}: {note}" for note in found or ["the same merge, for mergekit"]]
         except CannotSayError as error:
             of_mergekit.append(f"no {MERGEKIT_FILE}: {error}")
         return cls(files, tuple(notes), tuple(of_mergekit))

@@ -50,9 +50,10 @@ def take(
         if n is not None and len(found) == n:
             break
     if n is not None and len(found) < n:
+        fewer = f"ask for at most {len(found)} or give more data" if found else "give more data"
         raise ValueError(
             f"split '{split}' was asked for {n} problems, but this data leaves only {len(found)} for it "
-            f"({shares[split]:.0%} of its distinct questions): ask for at most {len(found)} or give more data"
+            f"({shares[split]:.0%} of its distinct questions): {fewer}"
         )
     return list(found.values())
 

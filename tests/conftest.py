@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,22 @@ def moe_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def copy(moe_parents: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of a checkpoint, to be spoilt."""
     return Path(shutil.copytree(moe_parents["a"], tmp_path / "copy"))
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP does what it does at a terminal, though the tests themselves may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def own_parents(tmp_path: Path) -> Path:
+    """Copies of the parents that searches merge, to be changed."""
+    for name in ("reasoner", "concise", "base"):
+        shutil.copytree(PARENTS / name, tmp_path / "parents" / name)
+    return tmp_path / "parents"
 
 
 @pytest.fixture

@@ -193,9 +193,10 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_yaml_is_utf_8_whatever_the_locale_says(write):
     file = write("")
     file.write_text(f"# å\n{GOOD}", encoding="utf-8")
-    command = [sys.executable, "-c", f"from evo.config_file import load_config; load_config({str(file)!r})"]
+    code = f"from pathlib import Path; from evo.places import read; read(Path({str(file)!r}))"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **locale})
+    command, env = [sys.executable, "-c", code], {**os.environ, **locale}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
 
 

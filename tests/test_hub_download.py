@@ -1,6 +1,7 @@
 """Checkpoints from a Hub, over HTTP: a real server on this machine, and the command as a user types it.
 
-The server speaks as much of the Hub's API as huggingface_hub asks for, which finds it by HF_ENDPOINT.
+The server speaks as much of the Hub's API as huggingface_hub asks for, which finds it by HF_ENDPOINT. That and other
+variables are read once by a process: most tests set what huggingface_hub made of them instead.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from subprocess import CompletedProcess
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 from transformers import LlamaConfig
 
 from evo.merge_file import merge
 from search_spaces.layout import Role
 from search_spaces.recipe import Recipe, Rule, Source
+from tests.commands import invoke, mergefront
 from tests.conftest import VOCABULARY, make_checkpoint
-from tests.test_cli import mergefront
 from tests.test_export import hashes
 
 RULES = (Rule("linear", {"a": 0.3}, roles=(Role.ATTENTION, Role.FFN)),)
@@ -54,6 +57,7 @@ class Hub(ThreadingHTTPServer):
         """File -> how sending it fails."""
         self.sent: list[tuple[str, str | None]] = []
         """Every file whose content was asked for, and the range of bytes."""
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -155,11 +159,27 @@ def write_recipe(path: Path, base: object, donor: object) -> Path:
     return path
 
 
-def run(hub: Hub, recipe: Path, **variables: str) -> CompletedProcess[str]:
+def in_a_process(hub: Hub, recipe: Path, **variables: str) -> CompletedProcess[str]:
     """`mergefront merge`, with a cache of its own and without what the tests' environment says of the Hub."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(recipe.parent / "home"), **variables}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(recipe.parent / "home"), **variables}
     return mergefront("merge", recipe, "--out", recipe.parent / "out", env=env)
+
+
+def run(url: str, recipe: Path) -> CompletedProcess[str]:
+    """The same within this process."""
+    proxies = {name: None for name in os.environ if "proxy" in name.lower()}
+    said = {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(recipe.parent / "home" / "hub"),
+        "HF_HUB_OFFLINE": False,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in said.items():
+            patch.setattr(constants, name, value)
+        close_session()  # which holds to the proxies
+        return invoke("merge", recipe, "--out", recipe.parent / "out", env=proxies)
 
 
 def refused(result: CompletedProcess[str], recipe: Path) -> str:
@@ -172,7 +192,7 @@ def refused(result: CompletedProcess[str], recipe: Path) -> str:
 
 
 def test_ids_are_downloaded_and_the_commit_is_kept(hub, folders, local, tmp_path):
-    result = run(hub, write_recipe(tmp_path / "recipe.yaml", "org/base", "org/donor"))
+    result = in_a_process(hub, write_recipe(tmp_path / "recipe.yaml", "org/base", "org/donor"))
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     assert hashes(out) == local["a"] != local["b"]
@@ -186,13 +206,13 @@ def test_ids_are_downloaded_and_the_commit_is_kept(hub, folders, local, tmp_path
     # The export's recipe holds to its commits, on a machine that has nothing yet, after the branch has moved on.
     hub.repos["org/donor"] = {"main": folders["b"], "old": folders["a"]}
     (tmp_path / "later").mkdir()
-    result = run(hub, (out / "recipe.yaml").rename(tmp_path / "later" / "recipe.yaml"))
+    result = run(hub.url, (out / "recipe.yaml").rename(tmp_path / "later" / "recipe.yaml"))
     assert result.returncode == 0, result.stderr
     assert hashes(tmp_path / "later" / "out") == local["a"] and len(hub.sent) == 2 * len(sent)
 
 
 def test_a_branch_or_tag_is_what_is_merged(hub, local, tmp_path):
-    result = run(hub, write_recipe(tmp_path / "recipe.yaml", "org/donor@refs/pr/1", "org/donor@v2.0"))
+    result = run(hub.url, write_recipe(tmp_path / "recipe.yaml", "org/donor@refs/pr/1", "org/donor@v2.0"))
     assert result.returncode == 0, result.stderr
     assert hashes(tmp_path / "out") == local["b"]
 
@@ -208,15 +228,15 @@ def test_a_branch_or_tag_is_what_is_merged(hub, local, tmp_path):
 def test_what_the_hub_refuses(hub, folders, tmp_path, donor, expected):
     hub.repos["org/gated"], hub.gated = hub.repos["org/donor"], {"org/gated"}
     recipe = write_recipe(tmp_path / "recipe.yaml", folders["base"], donor)
-    assert f"the Hub does not give {expected}" in refused(run(hub, recipe), recipe)
+    assert f"the Hub does not give {expected}" in refused(run(hub.url, recipe), recipe)
 
 
-def test_a_hub_that_is_down(hub, folders, tmp_path):
+def test_a_hub_that_is_down(folders, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", folders["base"], "org/donor@v2.0")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        line = refused(run(hub, recipe, HF_ENDPOINT=url), recipe)
+        line = refused(run(url, recipe), recipe)
     assert f"the Hub at {url} cannot be reached" in line and "refused" in line
     assert line.endswith("hf download org/donor --revision v2.0")
 
@@ -225,11 +245,12 @@ def test_a_broken_download_is_not_merged_and_not_kept(hub, local, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", "org/base", "org/donor")
     for fault, expected in (("truncated", "should be of size"), ("reset", "Connection reset by peer")):
         hub.faults[SHARD] = fault
-        line = refused(run(hub, recipe), recipe)
+        line = refused(run(hub.url, recipe), recipe)
         assert expected in line and line.endswith("Whole files that have arrived are kept: try again for the others")
-    assert "org/base has not been downloaded, or not all of it" in refused(run(hub, recipe, HF_HUB_OFFLINE="1"), recipe)
+    offline = in_a_process(hub, recipe, HF_HUB_OFFLINE="1")
+    assert "org/base has not been downloaded, or not all of it" in refused(offline, recipe)
     hub.faults.clear()
-    result = run(hub, recipe)
+    result = run(hub.url, recipe)
     assert result.returncode == 0, result.stderr
     assert hashes(tmp_path / "out") == local["a"]
     assert [name for name, _ in hub.sent].count("config.json") == 2  # once of each
@@ -243,7 +264,7 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, tmp_path):
     hub.repos = {f"org/{name}": {"main": folder} for name, folder in big.items()}
     merge(write_recipe(tmp_path / "local.yaml", big["base"], big["a"]), tmp_path / "local")
     hub.faults["model.safetensors"] = "interrupted"
-    result = run(hub, write_recipe(tmp_path / "recipe.yaml", "org/base", "org/a"))
+    result = run(hub.url, write_recipe(tmp_path / "recipe.yaml", "org/base", "org/a"))
     assert result.returncode == 0, result.stderr
     assert hashes(tmp_path / "out") == hashes(tmp_path / "local")
     assert [part for name, part in hub.sent if name == "model.safetensors"] == [None, f"bytes={10 * 2**20}-", None]

@@ -33,6 +33,7 @@ def test_a_swallowed_interrupt_is_no_failed_candidate():
     assert not pending()
 
 
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_each_signal_interrupts_and_is_handled_as_before_afterwards(number):
     before = signal.getsignal(number)
@@ -41,12 +42,10 @@ def test_each_signal_interrupts_and_is_handled_as_before_afterwards(number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("hangups")
 def test_what_nohup_keeps_away_stays_away():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with interruptible():
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not pending()
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interruptible():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not pending()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

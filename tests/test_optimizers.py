@@ -82,7 +82,8 @@ class TestContract:
 
 
 def best_scalarised(genomes):
-    return min(CmaEs(problem()).scalarise(Outcome(losses(g))) for g in genomes)
+    es = CmaEs(problem())
+    return min(es.scalarise(Outcome(losses(g))) for g in genomes)
 
 
 def test_cma_es_finds_the_optimum_that_random_search_misses():

@@ -1,7 +1,5 @@
 """What a user of Python says, and what is said back: no file, so places without lines."""
 
-import shutil
-
 import pytest
 
 import evo
@@ -46,15 +44,13 @@ def test_a_search_without_a_file(tmp_path, monkeypatch):
     assert lines[-1].split()[:2] == [str(member.ask.id), member.ask.name] and lines[-1].endswith(f"tokens {tokens}")
 
 
-def test_parents_that_have_moved(tmp_path):
+def test_parents_that_have_moved(own_parents, tmp_path):
     def said(folder):
         return {**SAID, "parents": {name: folder / name for name in ("reasoner", "concise")}}
 
-    for name in ("reasoner", "concise"):
-        shutil.copytree(CHIMERA / name, tmp_path / "here" / name)
-    search = Search(said(tmp_path / "here"), tmp_path / "run")
+    search = Search(said(own_parents), tmp_path / "run")
     search.run()
-    (tmp_path / "here").rename(tmp_path / "there")
+    own_parents.rename(tmp_path / "there")
     with pytest.raises(ExportError, match=r"reasoner \(.*not there any more. If it was moved, change its path"):
         search.export("knee", tmp_path / "out")
     assert len(Search(said(tmp_path / "there"), tmp_path / "run").run().evaluated) == 3

@@ -4,9 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from evo.cli import app
 from evo.components import component_options
 from evo.config import Config, OptimizerConfig
 from evo.merge import METHODS, get_method
@@ -15,14 +13,15 @@ from evo.reference import reference
 from fitness.engines import ENGINES
 from fitness.tasks import TASKS
 from search_spaces import SPACES
+from tests.commands import invoke
 
 CONFIG = Path(__file__).parents[1] / "CONFIG.md"
 ROWS = re.findall(r"^\| `(.+?)` \| (.*?) \|(.*)\|$", reference(), re.MULTILINE)
 
 
 def test_the_file_is_what_the_command_prints():
-    result = CliRunner().invoke(app, ["options"])
-    assert result.exit_code == 0 and result.stdout == CONFIG.read_text(), "mergefront options > CONFIG.md"
+    result = invoke("options")
+    assert result.returncode == 0 and result.stdout == CONFIG.read_text(), "mergefront options > CONFIG.md"
 
 
 def test_every_key_has_a_meaning():

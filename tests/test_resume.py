@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -88,12 +87,6 @@ class TestRefused:
         with pytest.raises(ResumeError, match=r"the order of parents: \['reasoner', 'concise'\] when the run started"):
             Search.from_yaml(path, finished.folder).run()
 
-    @pytest.fixture
-    def own_parents(self, tmp_path):
-        for name in ("reasoner", "concise", "base"):
-            shutil.copytree(PARENTS / name, tmp_path / "parents" / name)
-        return tmp_path / "parents"
-
     def test_a_parent_that_changed(self, own_parents, tmp_path):
         path = write_config(tmp_path, parents=own_parents, candidates=3)
         search = Search.from_yaml(path, tmp_path / "run")
@@ -147,12 +140,11 @@ class TestRefused:
         write_config(tmp_path, candidates=2)
         assert len(Search.from_yaml(path, tmp_path / "run").run().evaluated) == 2
 
-    def test_a_parent_is_no_run_folder(self, tmp_path):
-        parents = shutil.copytree(PARENTS, tmp_path / "parents")
-        before = sorted(parents.rglob("*"))
+    def test_a_parent_is_no_run_folder(self, own_parents, tmp_path):
+        before = sorted(own_parents.rglob("*"))
         with pytest.raises(ConfigError, match="is the checkpoint 'concise': expected a folder of the run's own"):
-            Search.from_yaml(write_config(tmp_path, parents=parents), parents / "concise").run()
-        assert sorted(parents.rglob("*")) == before
+            Search.from_yaml(write_config(tmp_path, parents=own_parents), own_parents / "concise").run()
+        assert sorted(own_parents.rglob("*")) == before
 
     def test_two_processes_on_one_run(self, finished):
         with hold(finished.folder), pytest.raises(BusyError, match=f"process {os.getpid()} on"):

@@ -49,7 +49,7 @@ class TestExport:
             f"{row.search.summary['accuracy']:.3f}",
         ):
             assert part in card
-        assert "no mergekit.yaml" not in card
+        assert "\n- mergekit.yaml: the same merge, for mergekit\n" in card
 
     def test_a_non_empty_folder_is_refused_and_left_alone(self, finished, tmp_path):
         (tmp_path / "out").mkdir()

@@ -10,10 +10,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from evo import Search
-from evo.cli import app
 from evo.config import Budget
 from evo.export import export
 from evo.ledger import Ledger, LedgerError
@@ -27,6 +25,7 @@ from evo.tracking import tracker
 from evo.types import Status
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Split
+from tests.commands import invoke
 from tests.conftest import PARENTS
 from tests.searching import MAX_TOKENS, write_config
 
@@ -100,15 +99,12 @@ class TestProblems:
         assert len(entries_of(search)) == 4
 
 
-def test_parents_may_move(tmp_path):
-    for place in ("old", "new"):
-        for name in ("reasoner", "concise", "base"):
-            shutil.copytree(PARENTS / name, tmp_path / place / name)
-    Search.from_yaml(write_config(tmp_path, parents=tmp_path / "old", candidates=3), tmp_path / "run").run()
+def test_parents_may_move(own_parents, tmp_path):
+    Search.from_yaml(write_config(tmp_path, parents=own_parents, candidates=3), tmp_path / "run").run()
     with closing(Ledger.open(tmp_path / "run", read_only=True)) as ledger:
         id = ledger.id
-    shutil.rmtree(tmp_path / "old")
-    search = Search.from_yaml(write_config(tmp_path, parents=tmp_path / "new", candidates=4), tmp_path / "run")
+    moved = own_parents.rename(tmp_path / "moved")
+    search = Search.from_yaml(write_config(tmp_path, parents=moved, candidates=4), tmp_path / "run")
     search.run()
     assert len(entries_of(search)) == 4
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
@@ -150,23 +146,19 @@ def test_an_optimizer_is_told_of_its_own_proposals_what_is_recorded(tmp_path, mo
     assert any(len(entry.violations) == 2 for entry in entries)
 
 
-def test_settings_that_differ_are_told(tmp_path, caplog):
-    for name in ("reasoner", "concise", "base"):
-        shutil.copytree(PARENTS / name, tmp_path / "own" / name)
-    config = tmp_path / "own" / "concise" / "config.json"
+def test_settings_that_differ_are_told(own_parents, tmp_path, caplog):
+    config = own_parents / "concise" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 250}))
-    Search.from_yaml(write_config(tmp_path, parents=tmp_path / "own"), tmp_path / "run").run(budget=Budget(tokens=1))
+    Search.from_yaml(write_config(tmp_path, parents=own_parents), tmp_path / "run").run(budget=Budget(tokens=1))
     assert any("max_position_embeddings: 256 in reasoner, 250 in concise" in said for said in caplog.messages)
 
 
-def test_parents_that_are_written_to_meanwhile(tmp_path):
-    for name in ("reasoner", "concise", "base"):
-        shutil.copytree(PARENTS / name, tmp_path / "own" / name)
-    search = Search.from_yaml(write_config(tmp_path, parents=tmp_path / "own", candidates=6), tmp_path / "run")
+def test_parents_that_are_written_to_meanwhile(own_parents, tmp_path):
+    search = Search.from_yaml(write_config(tmp_path, parents=own_parents, candidates=6), tmp_path / "run")
 
     def spoil(event):
         if event.ask.id == 2:
-            shard = next((tmp_path / "own" / "concise").glob("*.safetensors"))
+            shard = next((own_parents / "concise").glob("*.safetensors"))
             shard.write_bytes(shard.read_bytes()[:-1] + b"x")
 
     with pytest.raises(ResumeError, match=r"concise.*written to, or replaced, while 'c3' was evaluated, which is not"):
@@ -255,8 +247,8 @@ class TestFailures:
         rule = "{method: mine, coefficients: {donor: 0.5}}"
         sources = f"{{donor: {{path: {PARENTS}/reasoner}}, base: {{path: {PARENTS}/concise}}}}"
         path.write_text(f"version: 1\nsources: {sources}\nbase: base\ninterface: base\nrules: [{rule}]\n")
-        result = CliRunner().invoke(app, ["merge", str(path), "--out", str(tmp_path / "out")])
-        assert result.exit_code == 1 and re.search(rf"^error: {where}$", result.stderr, re.MULTILINE)
+        result = invoke("merge", path, "--out", tmp_path / "out")
+        assert result.returncode == 1 and re.search(rf"^error: {where}$", result.stderr, re.MULTILINE)
         assert not (tmp_path / "out").exists()
 
     def test_to_write_are_told_and_lose_nothing(self, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from evo.components import component_options
 from evo.config import TaskConfig
+from fitness.splits import split_of
 from fitness.tasks import TASKS
 from fitness.tasks.mixture import Mixture, shares
 from fitness.tasks.named import PRESETS
@@ -135,6 +136,8 @@ class TestMixture:
             ([{"kind": "gsm9k"}], "expected a kind of arithmetic"),
             ([{"kind": "arithmetic", "seeds": 3}], "'arithmetic' has no option 'seeds'"),
             ([{"kind": "arithmetic", "weight": 0}], "weights above 0"),
+            ([{"kind": "gsm8k"}, {"kind": "mixture", "tasks": []}], r"^tasks\.1\.kind: expected a task of its own"),
+            ([{"kind": "arithmetic", "search": 5}], r"^tasks\.0\.search: a mixture shares out its problems by weight"),
             ([{"kind": "aime25", "test_path": "x.jsonl"}], "no such file"),
         ],
     )
@@ -204,7 +207,7 @@ def test_real_data(kind):
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "abc", None])
 def test_a_weight_that_is_none(weight):
-    with pytest.raises(ValueError, match=r"tasks: expected weights above 0, got"):
+    with pytest.raises(ValueError, match=r"tasks\.0\.weight: expected weights above 0, got"):
         Mixture(tasks=[{"kind": "arithmetic", "weight": weight}])
 
 
@@ -235,6 +238,13 @@ def test_answers_that_their_grader_cannot_read(tmp_path):
     good = write(tmp_path / "good.jsonl", [(f"problem {i}", i) for i in range(20)])
     with pytest.raises(ValueError, match=r"cannot read 20 of the 20 answers in .*words\.jsonl"):
         Table(path=good, test_path=path)
+
+
+def test_data_that_leaves_nothing_for_a_split(tmp_path):
+    path = write(tmp_path / "one.jsonl", [("only", 1)])
+    emptied = next(split for split in SELECTED if split_of("only", 0) is not split)
+    with pytest.raises(ValueError, match=rf"'{emptied}' was asked for 1 .* leaves only 0 .*: give more data$"):
+        Table(path=path, **{str(emptied): 1}).problems(emptied)
 
 
 def test_an_empty_file(tmp_path):

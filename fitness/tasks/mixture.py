@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fitness.splits import Size, problems_of
@@ -37,8 +37,11 @@ class Mixture:
     ) -> None:
         if not tasks:
             raise ValueError("tasks: expected at least one")
+        for i, part in enumerate(tasks):
+            for key, said in mistakes_of(part):
+                raise ValueError(f"tasks.{i}.{key}: {said}")
         self._sizes = {Split.SEARCH: search, Split.RESERVE: reserve, Split.HELD_OUT: held_out}
-        self._tasks, self._weights = list(tasks), [weight_of(part) for part in tasks]
+        self._tasks, self._weights = list(tasks), [part.get("weight", 1) for part in tasks]
         self._owner: dict[str, Task] = {}
         self._splits: dict[Split, list[Problem]] = {}
         taken: set[str] = set()
@@ -96,16 +99,15 @@ def _draw(part: Mapping[str, Any], split: Split, n: int, taken: Collection[str])
         asked += n - len(fresh)
 
 
-def weight_of(part: Mapping[str, Any]) -> float:
-    """What a part says its weight is, 1 if it says nothing.
-
-    Raises:
-        ValueError: if that is no number above 0.
-    """
-    weight = part.get("weight", 1.0)
+def mistakes_of(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a part must not say, as (key, what was expected), but for its task's own options."""
+    weight = part.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ValueError(f"tasks: expected weights above 0, got {weight!r}")
-    return weight
+        yield "weight", f"expected weights above 0, got {weight!r}"
+    if part.get("kind") == "mixture":
+        yield "kind", "expected a task of its own: put those of an inner mixture beside the others"
+    for size in (split for split in Split if split in part):
+        yield size, f"a mixture shares out its problems by weight: expected `{size}` beside `tasks`"
 
 
 def shares(weights: Sequence[float], n: int) -> list[int]:
@@ -128,7 +130,7 @@ def _build(part: Mapping[str, Any], sizes: Mapping[str, int]) -> Task:
     from fitness.tasks import TASKS
 
     kind, options = part.get("kind"), {k: v for k, v in part.items() if k not in ("kind", "weight")}
-    if not isinstance(kind, str) or kind not in TASKS or kind == "mixture":
+    if not isinstance(kind, str) or kind not in TASKS:
         known = ", ".join(name for name in TASKS if name != "mixture")
         raise ValueError(f"tasks: expected a kind of {known}, got {kind!r}")
     target = pkgutil.resolve_name(TASKS[kind])
