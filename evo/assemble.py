@@ -11,7 +11,7 @@ from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible, differing_settings
 from evo.components import component_options, n_samples
 from evo.config import Config
-from evo.hub import origin
+from evo.hub import recipe_sources
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem, Start
 from evo.pareto import Scale
@@ -38,7 +38,7 @@ def build_space(
     """The search space of a config, laid out on its checkpoints."""
     method, knobs = get_method(config.space.method), config.space.knobs
     ingredients = Ingredients(
-        sources=recipe_sources(config, digests or {}),
+        sources=recipe_sources(config.sources, digests or {}),
         base=config.space_base,
         donors=config.space_donors,
         interface=config.interface_parent,
@@ -94,12 +94,6 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
         samples=n_samples(options),
         seed=config.seed,
     )
-
-
-def recipe_sources(config: Config, digests: dict[str, str]) -> dict[str, Source]:
-    """The sources that recipes of a run name."""
-    origins = {name: origin(path) for name, path in config.sources.items()}
-    return {name: Source(place, digests.get(name), revision) for name, (place, revision) in origins.items()}
 
 
 def source_digests(config: Config) -> dict[str, str]:

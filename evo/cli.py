@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,14 +37,13 @@ app = typer.Typer(
     "`mergefront export runs/first --pick knee --out my-model`.",
 )
 
-_file = partial(typer.Argument, exists=True, dir_okay=False)  # told before torch is loaded, which takes seconds
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run (what --out named).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
 def run(
-    config: Annotated[Path, _file(metavar="CONFIG.yaml", help="What to search, and on what.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to search, and on what.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; made if it is not there.")],
     budget: Annotated[
         str | None,
@@ -60,6 +58,7 @@ def run(
     from evo.terminal import print_ending, watching
 
     with _readable_errors(debug):
+        _check_file(config)
         from evo.search import Search
 
         limits = _parse_budget(budget)
@@ -71,7 +70,7 @@ def run(
 
 @app.command()
 def plan(
-    config: Annotated[Path, _file(metavar="CONFIG.yaml", help="What would be searched.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What would be searched.")],
     out: Annotated[Path, typer.Option("--out", help="Where the run's files would go.")] = Path(),
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Also: bytes and seconds of each of so many processes, by layout.")
@@ -88,6 +87,7 @@ def plan(
     bandwidth; --calibrate measures the parents and a merge instead.
     """
     with _readable_errors(debug):
+        _check_file(config)
         from evo.config_file import load_config
         from evo.planning.calibrate import calibrated
         from evo.planning.machine import plan_search, ranks_report
@@ -165,7 +165,9 @@ def export(
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, _file(metavar="RECIPE.yaml", help="A recipe.yaml of an export, or mergekit's YAML.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.yaml of an export, or mergekit's YAML.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is there.")] = False,
     common_vocabulary: Annotated[
@@ -179,6 +181,7 @@ def merge(
     tokenizer_source. What it cannot do is refused with the line, and the nearest thing that it can.
     """
     with _readable_errors(debug, again="nothing is left of it; the same command starts anew"), interruptible():
+        _check_file(recipe)
         from evo.merge_file import merge as write
 
         _print_written("the merge", out, write(recipe, out, force=force, common_rows=common_vocabulary).lines)
@@ -316,6 +319,16 @@ def _readable_errors(debug: bool, *, again: str = "the same command goes on wher
             raise
         print(f"error: {said(error)}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def _check_file(file: Path) -> None:
+    """Before torch is loaded, which takes seconds, whether there is anything to load it for.
+
+    Raises:
+        FileNotFoundError: if not.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"cannot read {file}: there is no such file")
 
 
 def _parse_task(text: str) -> dict[str, Any]:

@@ -198,7 +198,8 @@ class ProxyConfig(_Section):
     enabled: bool = False
     """Off by default, since it has to learn from baselines."""
     screen: int = Field(4, ge=0)
-    """A candidate whose answers to so many problems all loop up to the token limit is dead; 0 looks at none."""
+    """A candidate is dead whose answers to the first so many problems all loop up to the token limit; those that no
+    parent or baseline could end do not count. 0 looks at none."""
     likelihood: bool = False
     """A candidate that finds the parents' correct answers as unlikely as noise is dead. Needs log-probabilities."""
     race: bool = True

@@ -24,8 +24,9 @@ def violations(
 ) -> dict[str, float]:
     """By how much each constraint is violated, on the search split; empty if none is.
 
-    A candidate that lost the race is measured by its member alone, and a parked one by its estimate. Parents define
-    the accuracy floor, so it is not asked of them.
+    A candidate that lost the race is measured by its member alone. A parked one is measured by its estimate, and by
+    what was cut off as a share of the whole split, which is certain: the problems that it was asked were chosen for
+    being long as well. Parents define the accuracy floor, so it is not asked of them.
 
     Args:
         evaluation: of a candidate.
@@ -38,10 +39,12 @@ def violations(
         return {"collapsed": 1.0} if evaluation.detail["stopped_by"] is None else {}
     if evaluation.score is None or evaluation.losses is None:
         return {}
-    accuracy = evaluation.score.accuracy
-    if evaluation.status is Status.PARTIAL and "error" in objectives:
-        accuracy = 1.0 - float(evaluation.losses[objectives.index("error")])
-    found = {"truncated": evaluation.score.truncated - constraints.max_truncated}
+    accuracy, truncated = evaluation.score.accuracy, evaluation.score.truncated
+    if evaluation.status is Status.PARTIAL:
+        truncated *= evaluation.score.n_problems / max(int((row.search.summary or {})["n_problems"]) for row in parents)
+        if "error" in objectives:
+            accuracy = 1.0 - float(evaluation.losses[objectives.index("error")])
+    found = {"truncated": truncated - constraints.max_truncated}
     if origin is not Origin.PARENT:
         found["accuracy"] = accuracy_floor(constraints, parents) - accuracy
     return {name: amount for name, amount in found.items() if amount > 0}

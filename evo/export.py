@@ -25,6 +25,7 @@ from evo.dtypes import config_in
 from evo.encodings.rounding import Rounding
 from evo.front import Front, Row
 from evo.history import History
+from evo.hub import recipe_sources
 from evo.in_place import beside, free_disk
 from evo.ledger import Ledger
 from evo.materializer import Materializer
@@ -108,7 +109,9 @@ def export(run: Path, pick: str | int, out: Path, *, force: bool = False) -> Tol
         sources = open_sources(config)
         caveat = ledger.meta("caveat")
         _check_unchanged(config, ledger.meta("digests"))
-        recipe = row.ask.recipe_in(lambda: build_space(config, sources, ledger.meta("digests")))
+        digests = ledger.meta("digests")
+        found = row.ask.recipe_in(lambda: build_space(config, sources, digests))
+        recipe = replace(found, sources=recipe_sources(config.sources, digests))  # a recorded one names where they lay
     told = Told.of(recipe, sources, _of_no_merge(row, front))
     return write_checkpoint(
         recipe, sources, out, told, lambda lines: model_card(row, recipe, front, config, lines, caveat), force=force

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+from search_spaces.recipe import Source
 
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<revision>[0-9a-f]+)$")
@@ -94,3 +97,14 @@ def origin(folder: Path) -> tuple[str, str | None]:
     if match := _SNAPSHOT.search(folder.as_posix()):
         return f"{match['org']}/{match['name']}", match["revision"]
     return str(folder), None
+
+
+def recipe_sources(folders: Mapping[str, Path], digests: Mapping[str, str]) -> dict[str, Source]:
+    """Checkpoints as recipes name them.
+
+    Args:
+        folders: of each.
+        digests: of their content, as far as they are known.
+    """
+    origins = {name: origin(path) for name, path in folders.items()}
+    return {name: Source(place, digests.get(name), revision) for name, (place, revision) in origins.items()}

@@ -36,6 +36,10 @@ CLOSING = 0.25
 """The last share of a budget of tokens or hours, in which parked candidates come before new ones."""
 
 
+class OrderError(ValueError):
+    """A parked candidate cannot go on: it would be asked some problems twice and others never."""
+
+
 class Proxy:
     """Hands out trials. Parents and baselines have been scored by then.
 
@@ -76,6 +80,12 @@ class Proxy:
             return None
         entry = parked[int(promised.argmax())]
         answered = Answered(history.score(entry), np.array(entry.detail["problems"]))
+        if not np.array_equal(answered.problems, self._race.order.problems[: len(answered.problems)]):
+            raise OrderError(
+                f"candidate {history.asks[entry.candidate_id].name!r} was asked its problems in another order than the "
+                "references suggest now: another version of mergefront or numpy is installed than then (see "
+                "`mergefront status`). Install those versions, or start a new run; `front` and `export` work without."
+            )
         return entry, self._trial(enough, answered)
 
     def _trial(self, enough: float, before: Answered | None) -> Trial:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from evo.checkpoint import Checkpoint
@@ -51,6 +52,8 @@ def score_checkpoint(
     engine_config = validated(EngineConfig, engine)
     if missing := what_is_missing(engine_config.kind):
         raise ConfigError(missing)
+    if engine_config.threads:
+        torch.set_num_threads(engine_config.threads)
     options = component_options(engine_config)
     built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config)) for config in configs]
     problems = [  # bad data are told before the model is loaded
@@ -62,6 +65,7 @@ def score_checkpoint(
     samples, found = n_samples(options), []
     for config, task, asked in zip(configs, built, problems, strict=True):
         evaluator = Evaluator(resident, task, engine_config.max_tokens, Orderliness(), samples, seed)
+        evaluator.check(asked)
         score, _ = evaluator.evaluate(asked)
         found.append({"task": config.kind, "split": str(split), "n_samples": samples, **score.summary()})
     return found

@@ -139,9 +139,9 @@ class Worker:
 
         return self.cannot_write(recipe) or _reason(ask)
 
-    def cannot_write(self, recipe: Recipe) -> str | None:
+    def cannot_write(self, recipe: Recipe, *, compressed: bool = False) -> str | None:
         """Why a recipe cannot be written into the model; None if it can."""
-        return _reason(lambda: self._engine.update({**recipe.to_dict(), "compressed": False}))
+        return _reason(lambda: self._engine.update({**recipe.to_dict(), "compressed": compressed}))
 
     def _saved(self, answers: _Answers, stop: Stop, n_problems: int) -> int:
         """Tokens that all problems would have taken, as far as is known, less those that some took."""
@@ -177,7 +177,9 @@ class Worker:
 
     def _problems_of(self, split: Split) -> list[Problem]:
         if split not in self._problems:
-            self._problems[split] = self._task.problems(split)
+            problems = self._task.problems(split)
+            self._evaluator.check(problems)
+            self._problems[split] = problems
         return self._problems[split]
 
     def _samples(self, written: Sequence[tuple[Problem, Sequence[Completion]]]) -> list[dict[str, Any]]:

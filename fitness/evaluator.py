@@ -29,6 +29,23 @@ class Evaluator:
     samples: int = 1
     seed: int = 0
 
+    def check(self, problems: Sequence[Problem]) -> None:
+        """See to it that some answer may be as long as max_tokens.
+
+        Args:
+            problems: all of a split: of some alone, none need leave as much room.
+
+        Raises:
+            ValueError: saying what to lower.
+        """
+        room = self.engine.room([self.task.prompt(problem) for problem in problems])
+        if room is not None and room < self.max_tokens:
+            remedy = f"lower max_tokens to {room} or less" if room else "ask for shorter prompts"
+            raise ValueError(
+                f"of {len(problems)} prompts, none leaves room for an answer of {self.max_tokens} tokens (max_tokens) "
+                f"in the model's context: {remedy}"
+            )
+
     def evaluate(self, problems: Sequence[Problem]) -> tuple[Score, list[list[Completion]]]:
         """Score the resident model; the completions of each problem come in the order of the problems.
 

@@ -277,6 +277,10 @@ class Engine(Protocol):
         """
         ...
 
+    def room(self, prompts: Sequence[str]) -> int | None:
+        """The most tokens that the model's context leaves for an answer to any of these prompts; None: any number."""
+        ...
+
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
@@ -291,7 +295,6 @@ class Engine(Protocol):
             seeds: of each completion, in [0, 2^64); only they make samples differ. None: all 0.
 
         Raises:
-            ValueError: if no prompt leaves room for max_tokens in the model's context.
             FloatingPointError: if the model's logits are not finite: a merge that has collapsed is a failed candidate.
         """
         ...

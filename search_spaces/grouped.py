@@ -105,11 +105,11 @@ class GroupedSpace:
         kinds = dict.fromkeys(group.kind for group in self.groups)
         if on is None or off is None or len(kinds) < 2:
             return {}
-        found = {}
+        found: dict[str, Genome] = {}
         for kind in kinds:
             chosen = np.array([group.kind == kind for group in self.groups])
             for name, donated in (("only", chosen), ("but", ~chosen)):
                 genome = np.full(len(self.genes), off, np.float32)
                 genome[of_donor[donated]] = on
                 found[f"{name}-{kind}"] = genome
-        return found
+        return {f"only-{kind}": found[f"only-{kind}"] for kind in kinds} if len(kinds) == 2 else found

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evo.assemble import build_space, first_candidates, open_sources, recipe_sources
+from evo.assemble import build_space, first_candidates, open_sources
 from evo.config import Config
+from evo.hub import recipe_sources
 from evo.ledger import Ledger
 from evo.types import Candidate, Evaluation, Origin, Status
 from fitness.types import Score, Split, Verdict
@@ -39,7 +40,7 @@ class SyntheticRun:
         sources = open_sources(config)
         digests = {name: f"{i:064x}" for i, name in enumerate(config.sources)}
         self.space = build_space(config, sources, digests)
-        self._first = first_candidates(config, self.space, recipe_sources(config, digests))
+        self._first = first_candidates(config, self.space, recipe_sources(config.sources, digests))
         self._rng = np.random.default_rng(config.seed)
         self._skill: dict[int, tuple[float, float]] = {}
         self._generation = 0

@@ -221,7 +221,8 @@ def test_a_look_at_a_run_imports_nothing_that_takes_a_second(session, command):
 @pytest.mark.parametrize("command", ["run", "plan", "merge"])
 def test_a_file_that_is_not_there_is_told_at_once(command, tmp_path):
     result = without_heavy_libraries(command, tmp_path / "none.yaml", "--out", tmp_path / "out")
-    assert result.returncode == 2 and "does not exist" in result.stderr and "none.yaml" in result.stderr
+    assert result.returncode == 1
+    assert result.stderr == f"error: cannot read {tmp_path}/none.yaml: there is no such file\n"
 
 
 @pytest.mark.parametrize(

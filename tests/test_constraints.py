@@ -1,5 +1,7 @@
 """What makes a candidate infeasible, by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ LIMITS = Constraints(max_truncated=0.25, accuracy_floor_stderrs=2.0)
 
 def parent(accuracy, stderr):
     ask = Ask(0, 0, 0.0, 0, "p", Origin.PARENT, (), None, None)
-    summary = {"accuracy": accuracy, "accuracy_stderr": stderr}
+    summary = {"accuracy": accuracy, "accuracy_stderr": stderr, "n_problems": 20}
     return Row(ask, Entry(0, 0.0, 0, Split.SEARCH, Status.DONE, 1.0, (1.0, 1.0), {}, summary, {}), None)
 
 
@@ -62,6 +64,13 @@ def test_who_is_parked_is_measured_by_its_estimate():
     parked = {"stopped_by": None, "promise": 0.1}
     assert found(evaluation(0, 0, Status.PARTIAL, losses=(30.0, 0.5), **parked)) == {}
     assert found(evaluation(20, 0, Status.PARTIAL, losses=(30.0, 0.7), **parked)) == {"accuracy": pytest.approx(0.2)}
+
+
+def test_of_who_is_parked_what_was_cut_off_is_a_share_of_all_problems():
+    whole = evaluation(4, 6, Status.PARTIAL, losses=(30.0, 0.2), stopped_by=None, promise=0.1)
+    for n, violated in ((10, {"truncated": 0.05}), (9, {})):  # 6 of 20 are too many, and 5 are not
+        asked = replace(whole, score=whole.score.take(np.arange(n)))
+        assert found(asked) == {name: pytest.approx(amount) for name, amount in violated.items()}
 
 
 def test_a_failure_has_no_score_to_judge():

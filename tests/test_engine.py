@@ -1,11 +1,14 @@
 """The engine against model.generate and fresh loads, which are independent of its decoding loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fitness.engines.transformers import TransformersEngine, find_slots
-from fitness.types import Finish
+from fitness.evaluator import Evaluator
+from fitness.types import Finish, Problem
 from tests.conftest import CONFIGS, make_checkpoint
 
 PROMPTS = ["1+2", "7", "12*3-4+5", "9-9", "44+4*4", "3"]
@@ -71,9 +74,33 @@ def test_counts_thinking_tokens(config, tmp_path):
     assert engine._text.completion([6, 7, 8, 2], 10).n_think_tokens == 0
 
 
-def test_too_long_a_prompt_is_refused(engine):
-    with pytest.raises(ValueError, match=r"context of 256: lower max_tokens"):
-        engine.generate(["1" * 200], max_tokens=100)
+def test_a_limit_that_no_prompt_leaves_room_for_is_refused(engine):
+    task, problems = (
+        SimpleNamespace(prompt=lambda problem: problem.question),
+        [Problem("1" * n, "") for n in (200, 150)],
+    )
+    Evaluator(engine, task, 103).check(problems)
+    with pytest.raises(ValueError, match=r"of 2 prompts, none .* of 104 tokens .*: lower max_tokens to 103 or less"):
+        Evaluator(engine, task, 104).check(problems)
+    with pytest.raises(ValueError, match="ask for shorter prompts"):
+        Evaluator(engine, task, 1).check([Problem("1" * 300, "")])
+
+
+def test_what_finds_no_room_in_pieces_of_a_gpus_memory_is_tried_once_more(engine, monkeypatch):
+    expected, decode, emptied = engine.generate(PROMPTS, max_tokens=8), engine._decoder.decode, []
+
+    def full(*arguments):
+        if not emptied:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(engine._decoder, "decode", full)
+    assert engine.generate(PROMPTS, max_tokens=8) == expected and len(emptied) == 1
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    emptied.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate(PROMPTS, max_tokens=8)
 
 
 def test_collapsed_weights_are_reported_and_leave_the_engine_usable(engine):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitness import math_verify
+from fitness import apart, math_verify
 from fitness.graders import GRADERS, final_choice, final_number, get_grader, grade, same_choice, same_number, same_text
 from fitness.types import Completion, Finish, Verdict
 from tests.conftest import DATA
@@ -23,7 +23,7 @@ NASTY = st.one_of(
     st.lists(
         st.sampled_from(
             ["\\boxed{", "}", "{", "####", "\\frac{1}{0}", "\\frac", "answer is", "Answer:", "<think>", "</think>",
-             "(A)", "-", "1/0", "1,2,3", "\x00", "½", "٣", "9" * 500]
+             "(A)", "-", "1/0", "1,2,3", "\x00", "½", "٣", "9" * 500, "\\}", "\\text{", "0^{-1}", "٠^{-1}", "\\", "="]
         ),
         max_size=30,
     ).map(" ".join),
@@ -100,6 +100,43 @@ NASTY = st.one_of(
         ("#### \\$18\n6 each", Fraction(18)),
         ("#### -$18\n6 each", Fraction(-18)),
         ("#### \\frac{1}{2}\n6 each", Fraction(1, 2)),
+        ("#### 18 apples in 3 days", Fraction(18)),
+        ("#### 5 dozen (60 eggs)", Fraction(5)),
+        ("#### 12 + 6 = 18", Fraction(18)),
+        ("#### 18 apples\n#### 17 apples in 3 days", Fraction(17)),
+        ("\\boxed{18 \\text{ (in 3 days)}}", Fraction(18)),
+        ("\\boxed{-\\text{5}}", Fraction(-5)),
+        ("\\boxed{\\mathsf{5}}", Fraction(5)),
+        ("\\boxed{2^{10}}", Fraction(1024)),
+        ("\\boxed{-2^2}", Fraction(-4)),
+        ("\\boxed{4 \\times 10^3}", Fraction(4000)),
+        ("\\boxed{1.5 \\cdot 10^{-3} \\text{ m}^2}", Fraction(3, 2000)),
+        ("\\boxed{0^{-1}}", None),
+        ("\\boxed{2^{1000}}", None),
+        ("\\boxed{(2)^3}", None),
+        ("\\boxed{2^n}", None),
+        ("\\boxed{\\mathbf{2}^{10}}", None),
+        ("\\boxed{2^{10} + 1}", None),
+        ("\\boxed{2^{10} = 1023}", Fraction(1023)),
+        ("\\boxed{2\\sqrt{13}}", None),
+        ("\\boxed{\\frac{\\sqrt{2}}{2}}", None),
+        ("\\boxed{10\\pi}", None),
+        ("\\boxed{10π}", None),
+        ("\\boxed{10\\pi \\approx 31.4}", Fraction(157, 5)),
+        ("\\boxed{5!}", None),
+        ("\\boxed{12 \\text{ cm}^ 3}", Fraction(12)),
+        ("\\boxed{3 \\times 4}", None),
+        ("\\boxed{12 - 7}", None),
+        ("\\boxed{12 + 6 = 18}", Fraction(18)),
+        ("\\boxed{90^\\circ}", Fraction(90)),
+        ("\\boxed{5^{\\text{th}}}", Fraction(5)),
+        ("\\boxed{- 5}", Fraction(-5)),
+        ("\\boxed{x = -\\,5}", Fraction(-5)),
+        ("\\boxed{70 000}", Fraction(70000)),
+        ("\\boxed{-\\$70 000 \\text{ in all}}", Fraction(-70000)),
+        ("\\boxed{3 100 gram bags}", Fraction(100)),
+        ("\\boxed{\\{5\\}}", Fraction(5)),
+        ("\\boxed{\\}5} 6", Fraction(5)),
     ],
 )
 def test_numbers(text, number):
@@ -151,6 +188,27 @@ def test_numbers(text, number):
         ("#### (B) 36", "B"),
         ("#### B", "B"),
         ("#### Step 1: compare\nThe answer is B.", "B"),
+        ("Answer: A train takes 5 hours, so option B", "B"),
+        ("Answer: A train takes 5 hours.", None),
+        ("The answer is A because it is larger.", "A"),
+        ("The answer is \\(\\text{B}\\).", "B"),
+        ("The answer would be B.", "B"),
+        ("The answer choice must be option B.", "B"),
+        ("Ans: B", "B"),
+        ("\\boxed{\\text{Option B}}", "B"),
+        ("\\boxed{\\text{Options A}}", None),
+        ("\\boxed{\\mathsf{B}}", "B"),
+        ("\\boxed{B, 36}", "B"),
+        ("\\boxed{\\text{B}\\ 36}", "B"),
+        ("\\boxed{B, \\$36}", "B"),
+        ("\\boxed{A 1, B 2}", None),
+        ("\\boxed{b = 36}", None),
+        ("\\boxed{(A) or B}", None),
+        ("\\boxed{A. one B. two}", None),
+        ("\\boxed{(B) 3 P.M.}", "B"),
+        ("Option (B) is right. \\boxed{36}", "B"),
+        ("Option (B) is right. \\boxed{A, B}", None),
+        ("#### B\n\\boxed{36}", "B"),
         ("", None),
     ],
 )
@@ -201,10 +259,51 @@ def test_choices(text, letter):
         ("(a b)", "\\boxed{a b}", False),
         ("] )", "]", False),
         (".5", "5", False),
+        ("] } >", "\\boxed{] } >}", True),
+        ("] } >", "so $\\boxed{] \\} >}$ for {", True),
+        ("] } >", "\\[ \\boxed{\\text{] } >}} \\]", True),
+        ("] } >", "\\boxed{\\texttt{] \\} >}}", True),
+        ("] } >", "\\boxed{] }} >}", False),
+        ("] } >", "\\boxed{] } >} no, \\boxed{] >}", False),
+        ("] } >", "\\boxed{] } >", False),
+        ("}", "\\boxed{}}", True),
+        ("} >", "\\boxed{} >}", True),
+        ("{ (", "\\boxed{{ (}", True),
+        ("{1}", "\\boxed{\\text{\\{1\\}}}", True),
+        ("(A)", "\\boxed{(A) 3:05}", True),
+        ("(A)", "\\boxed{\\text{(A) blue}}", True),
+        ("(A)", "\\boxed{A) blue}", True),
+        ("(A)", "\\boxed{(A) or (B)}", False),
+        ("(A)", "\\boxed{(A) or B}", False),
+        ("(A)", "\\boxed{(A), B}", False),
+        ("(A)", "\\boxed{A) blue, B) red}", False),
+        ("(A)", "\\boxed{A. blue B. red}", False),
+        ("(B)", "The answer is (B) because it is blue.", True),
+        ("(B)", "The answer is (A) because it is blue.", False),
+        ("(B)", "The answer is (B) because (A) is red.", False),
+        ("(A)", "(A) 3:05", True),
+        ("(A)", "Let us see.\n(A) is wrong.", False),
+        ("-50", "\\boxed{\u221250}", True),
+        ("\u221250", "The answer is -50.", True),
+        ("1234", "\\boxed{1,234}", True),
+        ("-1,234.5", "The answer is -1234.5.", True),
+        ("1234", "12,34", False),
+        ("[1234]", "[1,234]", False),
+        ("True", "\\boxed{\\texttt{True}}", True),
+        ("True", "The answer is $\\mathsf{True}$.", True),
     ],
 )
 def test_texts(reference, text, same):
     assert same_text(reference, text) is same
+
+
+@pytest.mark.parametrize(
+    "number", ["2^{10}", "4 \\times 10^3", "70 000", "18 \\text{ (in 3 days)}", "- 5", "2\\sqrt{13}"]
+)
+def test_a_reference_is_read_as_a_box_is(number):
+    assert same_number(number, f"\\boxed{{{number}}}") is (None if "sqrt" in number else True)
+    assert not same_number(number, "13")
+    assert same_number(f"He had {number}, then 5 + 3 more, and so he has 8", "8")  # a worked solution
 
 
 @given(NASTY, NASTY)
@@ -231,11 +330,15 @@ def test_listing_all_letters_is_one_guess(text):
     "answer" * 10**5, "answer is" + " " * 10**6, "#" * 10**6, "\n" * 10**6, "\\frac{" * 10**5, "\\frac " * 10**5,
     "1" * 20 + "\\frac{" + "1" * 10**6, "<think>" * 10**5, "." * 10**6, "0." * 5 * 10**5, "answer " * 10**5,
     "\\boxed{" + "(" * 90_000 + "}", "1\u00a0111" * 10**5, "1 1/" * 10**5, "answer is a" + "." * 90_000 + "b",
+    "\\text{" * 10**5, "\\boxed{\\text{" + "\\{" * 40_000 + "}}", "\\boxed{" + "1 - " * 20_000 + "}", "=1" * 10**5,
+    "\\boxed{A) " + "B. " * 30_000 + "}", "\\boxed{\\text{" + "} " * 40_000, "\\boxed{1" + " 000" * 20_000 + "}",
 ])  # fmt: skip
 def test_a_megabyte_takes_no_time_and_earns_nothing(hostile):
     start = time.process_time()
     for grader in CHEAP:
         assert not grader("42", hostile)
+        assert not grader("] }", hostile)
+        assert not grader("(C)", hostile)
         assert not grader("A", hostile)
     assert time.process_time() - start < 5.0  # seconds here would be hours if it were quadratic
 
@@ -269,15 +372,16 @@ class TestProcess:
             "    if 'hang' in text: time.sleep(1000)\n"
             "    if 'die' in text: os._exit(1)\n"
             "    if 'raise' in text: raise RecursionError\n"
+            "    print('not an answer')\n"
             "    return text.strip('$')\n"
             "def verify(a, b, **kw): return a == b\n"
         )
         root = str(Path(math_verify.__file__).parent.parent)
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}")
-        monkeypatch.setattr(math_verify, "SECONDS", 0.5)
-        math_verify._process.end()
+        monkeypatch.setattr(apart, "SECONDS", 0.5)
+        math_verify._apart.end()
         yield
-        math_verify._process.end()
+        math_verify._apart.end()
 
     def test_it_survives_what_hangs_dies_and_raises(self):
         same = math_verify.same_expression
@@ -290,6 +394,14 @@ class TestProcess:
                 same("x", bad)
             assert same("x", "x") is True
         assert grade(same, "x", Completion("hang", 1, 0, Finish.STOP)) is Verdict.TIMEOUT
+
+    def test_the_answer_to_a_question_that_was_interrupted_is_not_that_to_the_next(self, monkeypatch):
+        same = math_verify.same_expression
+        assert same("5", "5") is True
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(apart.Apart, "_line", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            same("6", "6")
+        assert [same(reference, answer) for reference, answer in (("7", "8"), ("9", "9"))] == [False, True]
 
     def test_one_that_does_not_start_is_no_answers_fault(self, tmp_path):
         (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy')\n")

@@ -7,10 +7,9 @@ import huggingface_hub
 import pytest
 import yaml
 
-from evo.assemble import recipe_sources
 from evo.config import ConfigError
 from evo.config_file import load_config
-from evo.hub import is_id, origin
+from evo.hub import is_id, origin, recipe_sources
 from search_spaces.recipe import Recipe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -44,7 +43,7 @@ def config_with(tmp_path, moe_parents, parent):
 def test_an_id_is_its_snapshot_and_the_recipe_keeps_it(cache, moe_parents, tmp_path, parent, commit):
     config = config_with(tmp_path, moe_parents, parent)
     assert config.parents["a"] == cache / "snapshots" / commit
-    sources = recipe_sources(config, {"a": "digest"})
+    sources = recipe_sources(config.sources, {"a": "digest"})
     assert (sources["a"].path, sources["a"].revision, sources["a"].digest) == ("org/a", commit, "digest")
     assert (sources["b"].path, sources["b"].revision) == (str(moe_parents["b"]), None)
     recipe = Recipe(sources, "b", "a")

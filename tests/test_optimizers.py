@@ -75,6 +75,16 @@ class TestContract:
         rest = np.array(resumed.ask(resumed.batch_size))
         assert np.array_equal(rest.reshape(-1, N), whole[n : n + len(rest)])
 
+    def test_one_gene_whose_best_value_is_at_an_end(self, name):
+        """Step sizes grow on the way there."""
+        for seed in range(5):
+            optimizer = pkgutil.resolve_name(OPTIMIZERS[name])(problem(seed, 1))
+            for generation in range(12):
+                batch = optimizer.ask(optimizer.batch_size) or []
+                for i, genome in enumerate(batch):
+                    optimizer.tell(generation * optimizer.batch_size + i, Outcome(np.array([1.0 - genome[0], 0.0])))
+                assert all(genome.shape == (1,) and 0 <= genome[0] <= 1 for genome in batch)
+
     def test_other_seed_other_proposals(self, name):
         if name == "line_sweep":
             pytest.skip("a sweep has nothing to draw")

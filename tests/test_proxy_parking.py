@@ -1,21 +1,24 @@
 """Whole searches whose candidates are parked and asked on, beside the same candidates asked everything."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from evo import Search
+from evo.assemble import build_task
 from evo.config import Budget
 from evo.history import History
 from evo.ledger import Ledger
-from evo.proxy import CLOSING, MEANWHILE, Proxy
+from evo.proxy import CLOSING, MEANWHILE, OrderError, Proxy
 from evo.run_folder import request_stop
 from evo.terminal import print_status
 from evo.tracking.generations import Record
 from evo.types import Origin, Status
 from fitness.objectives import per_problem
 from fitness.proxy.irt import ItemResponse
+from fitness.proxy.order import choose
 from fitness.tasks.arithmetic import Arithmetic, solve
 from fitness.types import Split
 from tests.searching import events
@@ -182,6 +185,22 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, runs):
     assert len(n_later) == len(_later(runs["parked"].folder)) > 1
     assert events(search.folder) == events(runs["parked"].folder)
     assert _later(search.folder) == _later(runs["parked"].folder)
+
+
+def test_who_was_asked_in_another_order_does_not_go_on(runs, monkeypatch):
+    """As after an update of numpy: some problems would be asked twice and others never."""
+    search = runs["parked"]
+    config = search.config.model_copy(update={"proxy": search.config.proxy.model_copy(update={"gain": 1e-12})})
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        history, task = History(ledger), build_task(config)
+        assert Proxy(config, history, task).next_parked(at_the_end=True)
+
+        def backwards(*arguments):
+            return replace(order := choose(*arguments), problems=order.problems[::-1])
+
+        monkeypatch.setattr("evo.proxy.choose", backwards)
+        with pytest.raises(OrderError, match=r"'c\d+' was asked its problems in another order"):
+            Proxy(config, history, task).next_parked(at_the_end=True)
 
 
 def test_several_samples_a_problem_go_on_and_are_counted_and_likelihoods_asked_once(tmp_path):

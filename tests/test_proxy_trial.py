@@ -182,6 +182,9 @@ class Silent:
     def host(self, writer, **arguments):
         pass
 
+    def room(self, prompts):
+        return None
+
     def update(self, recipe):
         return SimpleNamespace(seconds=0.0, n_written=1, n_skipped=0, n_compiled=0, delta_errors={})
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from evo import Search
-from evo.assemble import build_space, first_candidates, open_sources, recipe_sources
+from evo.assemble import build_space, first_candidates, open_sources
 from evo.config import Baselines, Budget
 from evo.config_file import load_config
 from evo.front import PickError
+from evo.hub import recipe_sources
 from evo.ledger import Ledger
 from evo.planning.machine import plan_search
 from evo.run_folder import request_stop
@@ -165,7 +166,7 @@ def test_the_middle_of_the_line_is_the_average_and_evaluated_once(chimera):
 
 
 def test_as_many_line_points_as_there_may_be_have_names_of_their_own(chimera):
-    sources = recipe_sources(chimera, {})
+    sources = recipe_sources(chimera.sources, {})
     for n in (1, 9, 99, 500, 1000):
         config = chimera.model_copy(update={"baselines": Baselines(line_points=n)})
         names = [c.name for c in first_candidates(config, build_space(config, open_sources(config)), sources)]

@@ -18,15 +18,17 @@ from evo.ledger import Ledger, LedgerError
 from evo.loop import ResumeError, SearchError
 from evo.materializer import Materializer
 from evo.merge import METHODS, Method, one_hot
+from evo.merge_file import merge
 from evo.optimizers.random_search import RandomSearch
 from evo.run_folder import request_stop
 from evo.terminal import front_table, print_ending, print_front, print_status
 from evo.tracking import tracker
-from evo.types import Status
+from evo.types import Origin, Status
 from fitness.engines.transformers import TransformersEngine
 from fitness.types import Split
 from tests.commands import invoke
 from tests.conftest import PARENTS
+from tests.encoding import files_of
 from tests.searching import MAX_TOKENS, write_config
 
 
@@ -110,6 +112,8 @@ def test_parents_may_move(own_parents, tmp_path):
     with closing(Ledger.open(search.folder, read_only=True)) as ledger:
         assert ledger.id == id
     assert (Search.open(search.folder).export("reasoner", tmp_path / "out") / "config.json").is_file()
+    merge(tmp_path / "out" / "recipe.yaml", tmp_path / "rebuilt")  # of parents where they lie now
+    assert files_of(tmp_path / "rebuilt").keys() == files_of(moved / "reasoner").keys()
     front = search.front()
     merges = [row.ask.name for row in front.members if row.ask not in [parent.ask for parent in front.parents]]
     note = f"reasoner is a parent, and no merge; merges on the front: {', '.join(merges) or 'none'}"
@@ -339,6 +343,22 @@ class TestAnOptimizerThatEndsEarly:
         monkeypatch.setattr(RandomSearch, "ask", ask)
         search.run(budget=Budget(candidates=5))
         assert search.ended is None and len(entries_of(search)) == 5
+
+
+def test_an_optimizer_that_rounds_otherwise_goes_on(tmp_path, monkeypatch):
+    """As linear algebra does on another CPU, or in more threads. What was recorded is what is evaluated."""
+    search = Search.from_yaml(write_config(tmp_path, optimizer="{kind: random, population: 4}"), tmp_path / "run")
+    search.run(budget=Budget(candidates=5))  # two of four
+
+    def genomes():
+        return [row.ask.genome for row in search.front().evaluated if row.ask.origin is Origin.SEARCH]
+
+    ask, before = RandomSearch.ask, genomes()
+    monkeypatch.setattr(RandomSearch, "ask", lambda self, n: [np.clip(g + 1e-7, 0, 1) for g in ask(self, n)])
+    search.run(budget=Budget(candidates=6))
+    assert np.array_equal(genomes()[:2], before) and len(genomes()) == 3
+    with closing(Ledger.open(search.folder, read_only=True)) as ledger:
+        assert np.array_equal([a.genome for a in ledger.asks()][-4:-2], before)
 
 
 def test_an_optimizer_that_draws_of_its_own_cannot_go_on_and_is_told_why(tmp_path, monkeypatch):

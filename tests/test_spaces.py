@@ -122,6 +122,13 @@ def test_swaps_take_one_set_of_roles_from_the_donor():
         assert but[name] == {"reasoner": 1.0 - expected}, name
 
 
+def test_of_two_kinds_each_swap_is_one_and_all_but_the_other():
+    space = block(LAYOUT, TWO, roles=[[Role.ATTENTION], [Role.ROUTED_EXPERT, Role.FFN]])
+    swaps = space.swaps()
+    assert list(swaps) == ["only-attention", "only-routed_expert+ffn"]
+    assert np.array_equal(sum(swaps.values()), np.ones(len(space.genes)))
+
+
 def test_the_line_has_no_swaps_and_experts_are_one_kind():
     assert make("line", TWO).swaps() == {}
     assert "only-routed_expert" in make("expert", TWO).swaps()

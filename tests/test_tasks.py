@@ -4,14 +4,15 @@ import importlib.util
 import json
 import pkgutil
 import sys
-import types
+from pathlib import Path
 
 import pytest
 
 from evo.components import component_options
 from evo.config import TaskConfig
+from fitness import apart
 from fitness.splits import split_of
-from fitness.tasks import TASKS
+from fitness.tasks import TASKS, reasoning_gym
 from fitness.tasks.mixture import Mixture, shares
 from fitness.tasks.named import PRESETS
 from fitness.tasks.table import Table
@@ -146,32 +147,53 @@ class TestMixture:
             Mixture(tasks=tasks)
 
 
+STAND_IN = """
+import time
+
+class Family(list):
+    def score_answer(self, answer, entry):
+        if answer == "hang":
+            time.sleep(1000)
+        if answer == "raise":
+            raise ZeroDivisionError
+        return 1.0 if answer == entry["answer"] and entry["made"] == ("tuple",) else 0.5
+
+def create_dataset(family, seed, size, **parameters):
+    if family != "sums":
+        raise ValueError("unknown")
+    top = parameters["top"]
+    numbers = ((i + seed) % top for i in range(size))
+    return Family({"question": f"{n} + 1", "answer": str(n + 1), "made": ("tuple",)} for n in numbers)
+"""
+
+
 class TestReasoningGym:
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "reasoning_gym", None)
         with pytest.raises(ValueError, match=r"mergefront\[reasoning-gym\]"):
             make("reasoning_gym", family="chain_sum")
 
-    def test_with_a_stand_in(self, monkeypatch):
-        class Family(list):
-            def score_answer(self, answer, entry):
-                if answer == "raise":
-                    raise ZeroDivisionError
-                return 1.0 if answer == entry["answer"] else 0.5
+    @pytest.fixture
+    def stand_in(self, tmp_path, monkeypatch):
+        (tmp_path / "reasoning_gym.py").write_text(STAND_IN)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(apart.__file__).parent.parent}")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
+        monkeypatch.setattr(apart, "SECONDS", 0.5)
+        reasoning_gym._apart.end()
+        yield
+        reasoning_gym._apart.end()
+        sys.modules.pop("reasoning_gym", None)
 
-        def create_dataset(family, seed, size, **parameters):
-            if family != "sums":
-                raise ValueError("unknown")
-            top = parameters["top"]
-            return Family({"question": f"{i % top} + 1", "answer": str(i % top + 1)} for i in range(size))
-
-        monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
+    @pytest.mark.usefixtures("stand_in")
+    def test_with_a_stand_in(self):
         task = make("reasoning_gym", family="sums", difficulty={"top": 500}, search=50, reserve=20, held_out=60)
         assert [len(task.problems(split)) for split in Split] == [50, 20, 60]
         problem = task.problems(Split.SEARCH)[0]
         for text, verdict in {
             f"<answer>{problem.answer}</answer>": Verdict.CORRECT, problem.answer: Verdict.CORRECT,
-            "7777": Verdict.WRONG, "raise": Verdict.WRONG, "": Verdict.UNPARSABLE,
+            "7777": Verdict.WRONG, "raise": Verdict.WRONG, "": Verdict.UNPARSABLE, "hang": Verdict.TIMEOUT,
+            f" {problem.answer} ": Verdict.CORRECT,
         }.items():  # fmt: skip
             assert task.grade(problem, done(text)) is verdict
         with pytest.raises(ValueError, match="family 'sum'"):

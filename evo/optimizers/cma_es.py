@@ -95,4 +95,6 @@ class CmaEs(Batched):
             "seed": math.nan,
             "verbose": -9,
         }
+        if n == 1:  # pycma keeps steps below a third of the box by scaling axes, and raises where there is one
+            options["maxstd_boundrange"] = math.inf
         return cma.CMAEvolutionStrategy(np.asarray(mean, float), self._sigma, options)

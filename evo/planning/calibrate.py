@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from evo.assemble import build_space, build_worker, first_candidates, recipe_sources
+from evo.assemble import build_space, build_worker, first_candidates
 from evo.config import Config
+from evo.hub import recipe_sources
 from evo.planning.machine import FRONT_SIZE, Planned, n_first
 from evo.planning.times import search_seconds, spans
 from evo.planning.trial import Try, estimate, explore, priced
@@ -38,7 +39,7 @@ def calibrated(planned: Planned, tokens: float | None = None, seconds: float = C
     config, task, deadline = planned.config, planned.task, time.monotonic() + seconds
     worker = build_worker(config, task, planned.settings.rows)
     space = build_space(config, planned.checkpoints)
-    first = first_candidates(config, space, recipe_sources(config, {}))
+    first = first_candidates(config, space, recipe_sources(config.sources, {}))
     merges = [replace(first[0], name="a merge", recipe=_interior(config, space, first, share)) for share in (0.4, 0.5)]
     write = [_evaluate(worker, config, merge, 1, 1).detail["write_seconds"] for merge in merges][-1]
     n, n_held = len(task.problems(Split.SEARCH)), len(task.problems(Split.HELD_OUT))

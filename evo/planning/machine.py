@@ -20,12 +20,12 @@ from evo.assemble import (
     build_task,
     first_candidates,
     open_sources,
-    recipe_sources,
     search_problem,
 )
 from evo.checkpoint import Checkpoint
 from evo.components import component_options, n_samples
 from evo.config import Config
+from evo.hub import recipe_sources
 from evo.in_place import free_disk
 from evo.planning.batching import Batch
 from evo.planning.footprint import DTYPE_BYTES, cache_token_bytes, model_bytes, row_bytes
@@ -184,7 +184,7 @@ def _context(config: Config, interface: Checkpoint) -> int | None:
 
 def n_first(config: Config, space: Any) -> int:
     """Parents and baselines."""
-    return len(first_candidates(config, space, recipe_sources(config, {})))
+    return len(first_candidates(config, space, recipe_sources(config.sources, {})))
 
 
 def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, options: dict[str, Any]) -> tuple[Load, int]:

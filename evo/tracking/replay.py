@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evo.config import Config
 from evo.front import Row
+from evo.hub import recipe_sources
 from evo.ledger import Ledger
 from evo.tracking.generations import Record
 from search_spaces.genes import SearchSpace
@@ -157,4 +158,5 @@ def _recipes(config: Config, digests: dict[str, str]) -> Callable[[Row], Recipe]
 
         return build_space(config, open_sources(config), digests)
 
-    return lambda row: row.ask.recipe_in(space)
+    sources = recipe_sources(config.sources, digests)  # a recorded recipe names where they lay when it was made
+    return lambda row: replace(row.ask.recipe_in(space), sources=sources)

@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from evo import Search
-from evo.assemble import build_space, build_task, build_worker, first_candidates, open_sources, recipe_sources
+from evo.assemble import build_space, build_task, build_worker, first_candidates, open_sources
 from evo.config_file import load_config
+from evo.hub import recipe_sources
 from evo.terminal import watching
 from fitness.types import Split
 
@@ -65,7 +66,7 @@ def record(name: str, folder: Path) -> None:
 def time_blocks(folder: Path) -> None:
     """Writes a list of [longest answer, tokens, seconds] of the parents' and the average's first problems."""
     config = load_config(folder / "line.yaml")
-    candidates = first_candidates(config, build_space(config, open_sources(config)), recipe_sources(config, {}))
+    candidates = first_candidates(config, build_space(config, open_sources(config)), recipe_sources(config.sources, {}))
     worker, found = build_worker(config, build_task(config), None), []
     for candidate in candidates:
         for n in BLOCKS:

@@ -105,20 +105,18 @@ def rooms(
         max_tokens: the most for any.
         context: tokens that a prompt and its completion may have together; None: any number.
 
-    Raises:
-        ValueError: if no prompt leaves room for max_tokens.
     """
     encoded = {prompt: text.encode(prompt) for prompt in dict.fromkeys(prompts)}
-    if context is None or not encoded:
+    if context is None:
         return encoded, dict.fromkeys(encoded, max_tokens)
-    shortest = min(map(len, encoded.values()))
-    if shortest + max_tokens > context:
-        raise ValueError(
-            f"the shortest prompt has {shortest} tokens; with max_tokens {max_tokens} that exceeds the model's context "
-            f"of {context}: "
-            + (f"lower max_tokens to {context - shortest} or less" if shortest < context else "ask for shorter prompts")
-        )
     return encoded, {prompt: max(0, min(max_tokens, context - len(ids))) for prompt, ids in encoded.items()}
+
+
+def most_room(text: Text, prompts: Sequence[str], context: int | None) -> int | None:
+    """See Engine.room; arguments as there and in `rooms`."""
+    if context is None or not prompts:
+        return None
+    return max(0, context - min(len(text.encode(prompt)) for prompt in dict.fromkeys(prompts)))
 
 
 def generation_config(checkpoint: str) -> GenerationConfig:

@@ -5,6 +5,7 @@ Text is in text.py, the loop over tokens in decoding.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pkgutil
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,8 +33,11 @@ from fitness.engines.columns import check_cache, is_columnar, row_memory
 from fitness.engines.decoding import Decoder, Request
 from fitness.engines.memory import ROW_LOGIT_BYTES, free_bytes, missing_gpu, rows_that_fit
 from fitness.engines.sampling import Sampler, Settings
-from fitness.engines.text import Text, encode, rooms
+from fitness.engines.text import Text, encode, most_room, rooms
 from fitness.types import Completion, Decoding, Likelihood
+
+_POSITIONS = 256
+"""Of an answer whose likelihoods are computed together: in float32 they take a gigabyte with large vocabularies."""
 
 
 class TransformersEngine:
@@ -79,6 +84,10 @@ class TransformersEngine:
         self.device = torch.device(device)
         if missing := missing_gpu(self.device):
             raise ValueError(f"device {device!r} was asked for, but torch sees {missing} here: use 'auto' or 'cpu'")
+        if self.device.type == "cuda":
+            # cuDNN's attention plans anew for every shape, of which decoding has one a step (up to 0.4 s each), and is
+            # reported to corrupt text of batches (pytorch issue 193893); torch prefers it from the H100 on.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.batch_size = None if batch_size == "auto" else batch_size
         self._decoding = decoding or Decoding()
         logging.disable_progress_bar()
@@ -114,13 +123,16 @@ class TransformersEngine:
             raise RuntimeError("engine.host(...) must be called before engine.update(...)")
         return self._writer.write(recipe)
 
+    def room(self, prompts: Sequence[str]) -> int | None:
+        """See Engine."""
+        return most_room(self._text, prompts, self._context)
+
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
         """See Engine.
 
         Raises:
-            ValueError: if no prompt leaves room for max_tokens.
             FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
         """
         encoded, room = rooms(self._text, prompts, max_tokens, self._context)
@@ -131,24 +143,30 @@ class TransformersEngine:
             Request(encoded[prompt], room[prompt], seed)
             for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True)
         ]
-        written = self._decoder.decode(requests, self.batch_size)
+        written = self._decode(requests, self.batch_size)
         return [self._text.completion(ids, max_tokens) for ids in written]
+
+    def _decode(self, requests: Sequence[Request], n_rows: int) -> list[list[int]]:
+        """Decode, and where a GPU's memory runs out once more: what it has free may have been in pieces."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._decoder.decode(requests, n_rows)
+        torch.cuda.empty_cache()  # out here nothing holds to what the failed attempt has made
+        return self._decoder.decode(requests, n_rows)
 
     @torch.inference_mode()
     def log_likelihood(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Likelihood]:
-        """See Engine. All completions go through the model together."""
+        """See Engine. One after another: logits of several long answers would take gigabytes."""
         asked = [self._text.encode(prompt) for prompt in prompts]
         read, stop_id = self._text.tokenizer, self._text.stop_ids[0]
         given = [[*read(c, add_special_tokens=False)["input_ids"], stop_id] for c in completions]
-        rows = [torch.tensor(a + g) for a, g in zip(asked, given, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # (N, L), padded on the right
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        logits = self._model(input_ids=ids, attention_mask=mask.to(self.device), use_cache=False).logits
-        nats = logits[:, :-1].float().log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2).cpu()  # (N, L - 1)
-        return [
-            Likelihood(float(row[len(a) - 1 : len(a) - 1 + len(g)].sum()), len(g), -math.log(logits.shape[-1]))
-            for row, a, g in zip(nats, asked, given, strict=True)
-        ]
+        found = []
+        for before, after in zip(asked, given, strict=True):
+            ids = torch.tensor([before + after], device=self.device)
+            logits = self._model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 : -1]  # (L, V)
+            said, pieces = ids[0, len(before) :], [slice(i, i + _POSITIONS) for i in range(0, len(after), _POSITIONS)]
+            nats = sum(float(cross_entropy(logits[at].float(), said[at], reduction="sum")) for at in pieces)
+            found.append(Likelihood(-nats, len(after), -math.log(logits.shape[-1])))
+        return found
 
     def _compiled(self) -> Any:
         """The model's forward pass; weights stay its inputs, so that what is written into them counts."""

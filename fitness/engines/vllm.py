@@ -18,7 +18,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from fitness.engines.sampling import Settings
-from fitness.engines.text import Text, generation_config, rooms
+from fitness.engines.text import Text, generation_config, most_room, rooms
 from fitness.types import Completion, Decoding, Finish
 
 _OWN = {
@@ -197,13 +197,16 @@ class VllmEngine:
                 raise error
         return answers[0][0]
 
+    def room(self, prompts: Sequence[str]) -> int | None:
+        """See Engine."""
+        return most_room(self._text, prompts, self._llm.model_config.max_model_len)
+
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
         """See Engine.
 
         Raises:
-            ValueError: if no prompt leaves room for max_tokens.
             FloatingPointError: if the model's logits are not finite (a merge that has collapsed).
             RuntimeError: if a worker process has died.
         """

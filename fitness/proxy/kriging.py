@@ -104,7 +104,7 @@ def informative(references: Floats, n: int) -> tuple[NDArray[np.int64], Floats]:
         gain = sum(c.sum(axis=1) ** 2 / np.maximum(c.diagonal(), _TINY) for c in left)
         gain = np.asarray(gain)
         gain[chosen] = -1.0
-        best = int(gain.argmax())
+        best = int((gain / gain.max()).round(9).argmax())  # ties of 0/1 losses are no matter of how a CPU rounds
         chosen.append(best)
         left = [c - np.outer(c[best], c[best]) / max(c[best, best], _TINY) for c in left]
     deviation = np.mean([np.sqrt(np.maximum(c.diagonal(), 0.0)) for c in left], axis=0)

@@ -1,7 +1,7 @@
 """The collapse screen: what no later problem can save is found on a few prompts.
 
 Two signs, each of which is enough. The first few answers all run into the token limit, where a reference model
-ended its own, and repeat themselves or say nothing that can be read. Or the model finds the correct answers of
+ended its own, and repeat themselves. Or the model finds the correct answers of
 every parent unlikely: per token, further than half the way down to a blind guess over the vocabulary. Logits
 that are not finite are an engine's error, and so a failed candidate, without any screen.
 """

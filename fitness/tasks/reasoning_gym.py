@@ -1,17 +1,23 @@
 """Procedural families of reasoning-gym (extra `reasoning-gym`), by name and difficulty.
 
 Worked instance (chain_sum): question "State the final answer to the following arithmetic problem: 4 + 3 =", answer "7".
-Families grade their own answers; partial credit below 1 counts as wrong.
+Families grade their own answers, some of them with sympy, which may take for ever: hence in a process apart. Partial
+credit below 1 counts as wrong.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from fitness.apart import Apart
 from fitness.graders import answer_part, grade
 from fitness.splits import SHARES, MadeSize, take
 from fitness.types import Completion, Problem, Seed, Split, Verdict
+
+_MAX_CHARACTERS = 10_000  # of the end of an answer
 
 
 class ReasoningGym:
@@ -49,11 +55,12 @@ class ReasoningGym:
         self._template, self._seed = template, seed
         n = int(2 * max(self._sizes[split] / SHARES[split] for split in Split)) + 100  # families repeat themselves
         try:
-            self._gym = reasoning_gym.create_dataset(family, seed=seed, size=n, **(difficulty or {}))
+            made = reasoning_gym.create_dataset(family, seed=seed, size=n, **(difficulty or {}))
         except (ValueError, TypeError, AssertionError) as error:
             raise ValueError(f"reasoning_gym: family {family!r} with {dict(difficulty or {})}: {error}") from error
+        self._made_by = family, json.dumps(difficulty or {})
         self._entries: dict[str, Any] = {}
-        for entry in self._gym:
+        for entry in made:
             self._entries.setdefault(str(entry["question"]), entry)
 
     def problems(self, split: Split) -> list[Problem]:
@@ -72,9 +79,32 @@ class ReasoningGym:
             answer = answer_part(text).rpartition("<answer>")[2].partition("</answer>")[0].strip()
             if not answer:
                 return None
-            try:
-                return bool(self._gym.score_answer(answer[-10_000:], self._entries[problem.question]) >= 1.0)
-            except Exception:  # families parse answers in ways of their own
-                return False
+            solved: bool = _apart(*self._made_by, answer[-_MAX_CHARACTERS:], self._entries[problem.question])
+            return solved
 
         return grade(same, problem.answer, completion)
+
+
+def solves(family: str, difficulty: str, answer: str, entry: Mapping[str, Any]) -> bool:
+    """Whether an answer solves a problem, as its family sees it.
+
+    Args:
+        family: its name.
+        difficulty: parameters of the family, in JSON.
+        answer: to grade.
+        entry: what the family made of the problem.
+    """
+    try:
+        return bool(_family(family, difficulty).score_answer(answer, entry) >= 1.0)
+    except Exception:  # families parse answers in ways of their own
+        return False
+
+
+@functools.cache
+def _family(name: str, difficulty: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(difficulty))
+
+
+_apart = Apart("fitness.tasks.reasoning_gym:solves", "reasoning_gym", "reasoning-gym")
