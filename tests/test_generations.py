@@ -79,6 +79,8 @@ def test_what_goes_on_belongs_to_the_generation_in_which_it_does(ledger):
 
 def test_a_generation_ends_when_nobody_before_it_can_go_on(ledger):
     assert [generation.index for generation in Record.read(ledger).generations(running=True)] == [0, 1]
+    ended = [generation.complete for generation in Record.read(ledger).generations(running=False)]
+    assert ended == [True, True, False]  # a larger budget may let who is parked go on
 
 
 def test_a_search_has_ended_by_any_of_its_limits_or_with_everything_scored(ledger):

@@ -29,7 +29,7 @@ class Generation:
     time: float
     """Of its last evaluation, in seconds since 1970."""
     complete: bool
-    """Whether all of it has been evaluated; only the last one of an ended search may not be."""
+    """Whether nothing more can belong to it; of an ended search something can to the last one, if it is extended."""
     front: Front
     """After it; `evaluated` holds everything up to here."""
     metrics: dict[str, float]
@@ -110,7 +110,7 @@ class Record:
             complete, following = len(batch) == len(asked[index]), asked.get(index + 1)
             parked |= any(entry.parked for entry in batch)
             proxied |= any(entry.status is Status.PARTIAL for entry in batch)
-            closed = complete and (following or not parked)
+            closed = complete and (following is not None or not parked)
             if not batch or not (closed or (self.finished and not running)):
                 return
             start, end = done, following[0].seq if following else math.inf
@@ -134,7 +134,7 @@ class Record:
                 **_pace(batch),
                 **{f"budget/{key}": value for key, value in spent.items()},
             }
-            yield Generation(index, last, complete, whole, metrics)
+            yield Generation(index, last, closed, whole, metrics)
 
 
 def _best(front: Front) -> dict[str, float]:
