@@ -25,6 +25,7 @@ SHARE = 0.5
 """Of the free memory, how much sources may take where the choice is automatic; the rest is for generating."""
 
 _Key = tuple[Path, str, str]
+_PlacedKey = tuple[_Key, int | None, torch.device]
 
 
 class Residency(StrEnum):
@@ -100,7 +101,7 @@ class Piece:
 class _Copies:
     """What a part's merge reads, on its way from pinned memory."""
 
-    tensors: dict[tuple[_Key, int | None, torch.device], Tensor] = field(default_factory=dict)
+    tensors: dict[_PlacedKey, Tensor] = field(default_factory=dict)
     arrived: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
     """By GPU: when all of them are there."""
 
@@ -148,13 +149,15 @@ class Pieces:
         self._copies = self._copies[1], following
         for device in self._streams:
             torch.cuda.current_stream(device).synchronize()
+        copies: dict[_PlacedKey, Tensor] = {}
         for piece, device in wanted:
             key = piece.key, piece.row, device
-            if key not in following.tensors:  # sources share what they are both adapters of
+            if key not in copies:  # sources share what they are both adapters of
                 host = piece.of(self._keep(piece, device))
                 with self._copying_to(device):
-                    following.tensors[key] = host.to(device, non_blocking=True)
+                    copies[key] = host.to(device, non_blocking=True)
         following.arrived.update({device: stream.record_event() for device, stream in self._streams.items()})
+        following.tensors.update(copies)  # not before: nobody may read a copy that no event speaks of
 
     def _copying_to(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if device.type != "cuda":
