@@ -37,11 +37,9 @@ def device(request, monkeypatch):
 
 
 def merge_on(device, *args, **kwargs):
-    merge = part_merge(*args, **kwargs)
-    base, donors = merge.base.to(device), [donor.to(device) for donor in merge.donors]
-    expected = on_tensors(merge)
-    fused = fused_with(merge, [base, *donors])
-    return fused, expected
+    """A merge compiled for a device, where it is measured, too, and what the same is on tensors of the CPU."""
+    merge = part_merge(*args, device=device, **kwargs)
+    return fused_with(merge, [merge.base, *merge.donors]), on_tensors(part_merge(*args, **kwargs))
 
 
 def found_by(fused):
@@ -61,7 +59,7 @@ def test_same_bits_of_what_is_stored_as_fp8(device, name, block):
     merge = in_fp8(part_merge(name), block=block)
     on_device = in_fp8(part_merge(name, device=device), block=block)
     operands = [on_device.base, *on_device.donors]
-    fused = fused_with(merge, operands)
+    fused = fused_with(on_device, operands)
     assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge).view(-1)))
 
 
@@ -107,18 +105,18 @@ def test_same_bits_in_every_shape(device, shape):
 
 @pytest.mark.parametrize("name", ["linear", "della"])
 def test_an_empty_tensor_is_merged_to_one(device, name):
-    merge = part_merge(name, shape=(4, 8))
-    operands = [matrix[:, :0].to(device).contiguous() for matrix in (merge.base, *merge.donors)]
+    merge = part_merge(name, shape=(4, 8), device=device)
+    operands = [matrix[:, :0].contiguous() for matrix in (merge.base, *merge.donors)]
     assert fused_with(merge, operands).result().numel() == 0
 
 
 @pytest.mark.parametrize("name", ["dare_ties", "della"])
 def test_some_rows_of_a_part_are_those_of_the_whole(device, name):
-    merge, (first, last) = part_merge(name), (5, 20)
+    merge, (first, last) = part_merge(name, device=device), (5, 20)
     width = merge.base.shape[1]
-    rows = [tensor[first:last].to(device).contiguous() for tensor in (merge.base, *merge.donors)]
+    rows = [tensor[first:last].contiguous() for tensor in (merge.base, *merge.donors)]
     fused = fused_with(merge, rows, first=first * width)
-    assert torch.equal(bits(found_by(fused)), bits(on_tensors(merge)[first:last].reshape(-1)))
+    assert torch.equal(bits(found_by(fused)), bits(on_tensors(part_merge(name))[first:last].reshape(-1)))
     start = 3 * width
     piece = torch.empty(4 * width + 17, dtype=fused.dtype, device=device)
     fused.run(piece, start)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from evo.checkpoint import Checkpoint, CheckpointError
 from evo.compatible import check_compatible
+from evo.encodings import mxfp4
 from evo.encodings.mxfp4 import values_of
 from evo.materializer import Materializer
+from evo.residency import Residency
 from evo.shards import Shard
 from fitness.engines.transformers import TransformersEngine
 from search_spaces.recipe import Recipe, Rule
@@ -108,6 +111,29 @@ def test_is_written_as_bfloat16_that_transformers_loads(parents, coefficient, tm
     for name, tensor in reloaded.state_dict().items():
         assert torch.equal(engine._model.state_dict()[name], tensor), name
     assert engine.generate(["1+2"], max_tokens=3)
+
+
+@pytest.mark.parametrize("residency", [Residency.DEVICE, Residency.DISK])
+def test_what_is_decoded_does_not_outlast_its_merge(parents, residency, monkeypatch):
+    """Of 4.25 bits a number is kept; bfloat16 takes 16. Sources that stay on the device are read once."""
+    made, decoded = [], mxfp4.values_of
+
+    def watched(*pieces):
+        values = decoded(*pieces)
+        made.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(mxfp4, "values_of", watched)
+    sources = {name: Checkpoint.open(path) for name, path in parents.items()}
+    slots = {n: torch.full(e.shape, torch.nan).bfloat16() for n, e in sources["a"].scored.items()}
+    writer = Materializer(sources, slots, residency=residency)
+    for rules in ((Rule("linear", {"a": 0.3}),), (Rule("linear", {"a": 0.6}),), ()):  # the last is a copy of the base
+        writer.write(Recipe(sources_of(parents), "b", "a", rules).to_dict())
+        assert not [values for values in made if values() is not None]
+    n_experts = sum(sources["a"].entries[part.tensor].encoding == mxfp4.Mxfp4() for part in writer.layout.parts)
+    assert len(made) == n_experts * (2 + 2 + 1) and len(writer._reader._there) == 2 * len(writer.layout.parts)
+    expected = dict(Materializer(sources).stream(Recipe(sources_of(parents), "b", "a", ())))
+    assert all(torch.equal(slots[name], expected[name].view_as(slots[name])) for name in slots)
 
 
 def test_merges_with_a_bfloat16_sibling(parents, tmp_path):

@@ -11,7 +11,6 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -122,9 +121,11 @@ class Stored:
         """Shape of the tensor that it stands for."""
         return self.encoding.shape(self.pieces)
 
-    @cached_property
+    @property
     def operand(self) -> Operand:
-        """What a merge reads."""
+        """What a merge reads. Made anew each time: of MXFP4 it is a copy that is almost four times as large as what is
+        stored, which must not stay for as long as this does; of other encodings it is a view.
+        """
         return self.encoding.operand(self.pieces)
 
     def as_output(self, chunk: int) -> Stored:

@@ -20,6 +20,9 @@ from evo.merge.blocks import Operand, Region
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the codes 0 to 7; codes 8 to 15 are their negatives."""
+_CODES = (*E2M1, *(-x for x in E2M1))
+_PAIRS = tuple((lower, upper) for upper in _CODES for lower in _CODES)
+"""The two numbers of each byte: looked up a byte at a time, they need neither halves nor as many indices."""
 GROUP = 32
 """Numbers that share a scale."""
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -47,7 +50,9 @@ class Mxfp4:
         return _shape(pieces[0].shape)
 
     def operand(self, pieces: Sequence[Tensor]) -> Operand:
-        """See Encoding. One expert is decoded whole, to bfloat16."""
+        """See Encoding. One expert is decoded whole, to bfloat16, whenever it is merged: to keep that would take almost
+        four times the bytes of what is stored.
+        """
         return values_of(*pieces)
 
     def cut(self, shape: Sequence[int], region: Region) -> tuple[tuple[slice, ...], ...]:
@@ -76,11 +81,10 @@ def values_of(blocks: Tensor, scales: Tensor) -> Tensor:
     Returns:
         bfloat16 (..., in, out).
     """
-    table = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.bfloat16, device=blocks.device)
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    numbers = table.index_select(0, codes.flatten().int()).view(codes.shape)
+    pairs = torch.tensor(_PAIRS, dtype=torch.bfloat16, device=blocks.device)
+    numbers = pairs.index_select(0, blocks.flatten().int()).view(*blocks.shape[:-1], GROUP)
     powers = torch.where(scales == NAN_SCALE, torch.nan, torch.exp2(scales.double() - 127)).to(torch.bfloat16)
-    return (numbers * powers[..., None]).flatten(-2).transpose(-1, -2).contiguous()
+    return numbers.mul_(powers[..., None]).flatten(-2).transpose(-1, -2).contiguous()
 
 
 def find(headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any]) -> Iterator[Entry]:

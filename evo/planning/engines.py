@@ -11,15 +11,21 @@ from evo.checkpoint import Checkpoint
 from evo.config import Config
 from evo.planning.footprint import (
     DTYPE_BYTES,
+    DTYPES,
     MIB,
     cache_row_bytes,
+    cache_token_bytes,
     export_bytes,
+    gpu_columns,
     kernel_bytes,
     model_bytes,
+    parked_tokens,
     step_row_bytes,
 )
 from evo.planning.sources import Item
 from evo.planning.times import size
+from fitness.engines.levels import lowest_level
+from fitness.engines.outline import outline_of
 from fitness.engines.sampling import Settings as Sampling
 from fitness.engines.text import generation_config
 from fitness.engines.vllm import cache_bytes, ranks, share_of_memory
@@ -44,10 +50,16 @@ class Held:
     """Why it could not start, however much is free; empty if it could."""
 
 
-def transformers(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> Held:
+def transformers(config: Config, interface: Checkpoint, load: Any, settings: Any) -> Held:
     """Weights, and what answers that are decoded together take."""
-    device, model = settings.device, model_bytes(interface, settings.dtype)
+    device, model, prompt = settings.device, model_bytes(interface, settings.dtype), load.prompt
     cached, step = _row_bytes(config, interface, prompt, settings.dtype)
+    waiting = 0
+    if device == "gpu" and _is_refilled(interface, settings.dtype):
+        n_tokens = prompt + config.engine.max_tokens
+        token = cache_token_bytes(interface.config(), DTYPE_BYTES[settings.dtype])
+        cached, lowest = gpu_columns(n_tokens) * token, lowest_level(model, settings.rows, token)
+        waiting = parked_tokens(settings.rows, n_tokens, lowest) * token if settings.rows < load.most else 0
     items = [
         Item(device, "the resident model", model),
         Item(device, f"cached keys and values of {settings.rows} answers", cached * settings.rows),
@@ -56,17 +68,24 @@ def transformers(config: Config, interface: Checkpoint, prompt: int, settings: A
     if (device, settings.dtype) == ("host", "bfloat16") and settings.has_avx512:
         items.append(Item("host", "compiled matrix products", kernel_bytes(interface, prompt, settings.rows)))
     if device == "gpu":
+        items.append(Item("gpu", "cached keys and values of answers that wait for others as long", waiting))
         items += [Item("host", "the model while it is loaded", model), Item("gpu", "CUDA", CUDA_BYTES)]
     return Held(tuple(items), model, cached + step)
 
 
-def vllm(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> Held:
+def _is_refilled(interface: Checkpoint, dtype: str) -> bool:
+    """Whether rows of a batch come and go, which takes a cache of plain keys and values."""
+    outline = outline_of(interface.config(), DTYPES[DTYPE_BYTES[dtype]])
+    return outline is None or outline.columnar
+
+
+def vllm(config: Config, interface: Checkpoint, load: Any, settings: Any) -> Held:
     """Of one rank: its weights, which stay quantised, and a cache: as large as it is told, or all that is left of its
     share.
     """
     options: Mapping[str, Any] = config.engine.options.get("options") or {}
     n_ranks = ranks(options)
-    device, whole = settings.device, model_bytes(interface, settings.dtype)
+    device, whole, prompt = settings.device, model_bytes(interface, settings.dtype), load.prompt
     weights = (export_bytes(interface) if interface.quantization else whole) // n_ranks
     cached, step = _row_bytes(config, interface, prompt, settings.dtype)
     told = cache_bytes(options, "cpu" if device == "host" else "cuda")
@@ -93,12 +112,12 @@ def _row_bytes(config: Config, interface: Checkpoint, prompt: int, dtype: str) -
 _generation_config = lru_cache(generation_config)  # a plan is made for hundreds of settings
 
 
-def unknown(config: Config, interface: Checkpoint, prompt: int, settings: Any) -> Held:
+def unknown(config: Config, interface: Checkpoint, load: Any, settings: Any) -> Held:
     """Of an engine that is not in the table: its weights, at least."""
     model = model_bytes(interface, settings.dtype)
     what = f"all but the weights of the engine {config.engine.kind!r}"
     return Held((Item(settings.device, "the resident model", model),), model, 1, (what,))
 
 
-HELD: Mapping[str, Callable[[Config, Checkpoint, int, Any], Held]] = {"transformers": transformers, "vllm": vllm}
+HELD: Mapping[str, Callable[[Config, Checkpoint, Any, Any], Held]] = {"transformers": transformers, "vllm": vllm}
 """By engine."""

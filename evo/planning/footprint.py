@@ -14,7 +14,6 @@ import torch
 
 from evo.checkpoint import Checkpoint
 from evo.holdings import matrix_of
-from evo.merge import get_method
 from evo.parallel import own_parts, part_shape
 from fitness.engines.columns import SPARE_COLUMNS
 from fitness.engines.outline import described, outline_of
@@ -23,8 +22,6 @@ MIB = 1 << 20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 """By the bytes of a number; of 16 bits either does."""
-MERGE_BYTES = 8 * MIB
-"""Blocks of a merge that measures nothing (experiments/benchmarks)."""
 KERNEL_BYTES, MOST_KERNELS = 570_000, 1024
 """What oneDNN keeps of a matrix product in bfloat16, whatever its shape, and of how many (as measured)."""
 
@@ -44,14 +41,6 @@ def export_bytes(interface: Checkpoint) -> int:
     """Of an export: its tensors as they are stored (MXFP4 becomes bfloat16), tokenizer and configs."""
     tensors = sum(header.n_bytes for header in interface.written_headers().values())
     return tensors + sum(file.stat().st_size for file in interface.companions())
-
-
-@lru_cache
-def merge_bytes(method: str, checkpoint: Checkpoint) -> int:
-    """Beyond model and sources. Methods that measure whole parts hold up to two of the largest in float32."""
-    if get_method(method).measure is None:
-        return MERGE_BYTES
-    return 8 * max(math.prod(part_shape(checkpoint, part)) for part in own_parts(checkpoint)) + MERGE_BYTES
 
 
 @lru_cache
@@ -141,6 +130,28 @@ def columns(prompt: int, max_tokens: int) -> int:
     while n < prompt + max_tokens:
         n += max(SPARE_COLUMNS, n // 2)
     return n
+
+
+def gpu_columns(n_tokens: int) -> int:
+    """Of the same buffer, at most, however its rows came and went: it may have to grow just before the longest ends.
+    On a GPU all of it is taken; on a CPU no more than is used.
+
+    Args:
+        n_tokens: of the longest prompt and its answer.
+    """
+    return n_tokens + max(SPARE_COLUMNS, n_tokens // 2)
+
+
+def parked_tokens(rows: int, n_tokens: int, lowest: int) -> int:
+    """Of answers that wait for others of their length, at most: with the batch, of a full one and one more row
+    (fitness.engines.levels); but much of the batch's buffer may be empty.
+
+    Args:
+        rows: answers decoded together.
+        n_tokens: of the longest prompt and its answer.
+        lowest: tokens of an answer up to which none is parked.
+    """
+    return (rows + 1) * n_tokens if lowest < n_tokens else 0
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:

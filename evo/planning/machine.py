@@ -45,6 +45,8 @@ FRONT_SIZE = 8
 """Members of a front that are scored on held-out problems, as a guess."""
 CANDIDATES = 1000
 """As many as a search is taken to evaluate where its budget does not say."""
+COPIED_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Kind of device -> what is copied to measure it: GPUs have caches of up to 126 MB."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Planned:
     """Bytes, by place."""
     bandwidth: float
     """Bytes a second that a copy reads and writes."""
+    arrival: float | None = None
+    """Bytes a second at which sources come to a GPU from the host; None where they are merged where they are."""
 
     @property
     def batch(self) -> Batch:
@@ -92,12 +96,15 @@ class Planned:
                 f"{context}, so answers to it are cut off earlier, and count as wrong"
             )
         low, high = (tokens, tokens) if tokens else (most / 8, float(most))
+        there, arriving = (plan.sources, 0.0) if self.arrival is None else (0, plan.sources / self.arrival)
         fast, slow = candidate_seconds(
-            plan.model + plan.sources, plan.model, plan.row, self.settings.rows, load.answers, (low, high),
-            self.bandwidth,
+            plan.model + there, plan.model, plan.row, self.settings.rows, load.answers, (low, high), self.bandwidth,
+            arriving,
         )  # fmt: skip
         yield f"a candidate: {span(fast)} to {span(slow)}; --calibrate measures it"
         yield f"  at {size(self.bandwidth)} a second, and {low:.0f} to {high:.0f} tokens an answer"
+        if self.arrival is not None:
+            yield f"  what is merged comes from the host, at {size(self.arrival)} a second at the most"
         limits = [search_seconds(self.config.budget, s, t * load.answers) for s, t in ((fast, high), (slow, low))]
         yield f"the search: {span(min(limits))} to {span(max(limits))}, and the held-out scores"
 
@@ -122,7 +129,7 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
         "disk": free_disk(out),
     }
     interface = checkpoints[config.interface_parent]
-    load, most = _load(config, checkpoints, task, options)
+    load = _load(config, checkpoints, task, options)
     context = _context(config, interface)
     if context is not None and config.engine.max_tokens >= context:
         raise PlanError(
@@ -136,7 +143,7 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
     settings = Settings(
         where,
         options.get("dtype", "bfloat16"),
-        most,
+        load.most,
         memory.residency,
         memory.deltas,
         config.engine.kind,
@@ -144,11 +151,15 @@ def plan_search(config: Config, *, out: Path, free: dict[str, int] | None = None
         share,
         torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
     )
-    room = free.get(where, free_bytes(device))
-    settings = replace(settings, rows=min(most, _batch_size(config, interface, load, options, device, room)))
-    plan_of = partial(make_plan, config, Sources(config, checkpoints), load, python_bytes=anonymous_bytes(), free=free)
+    sources, room = Sources(config, checkpoints), free[where] if where in free else free_bytes(device)
+    plan_of = partial(make_plan, config, sources, load, python_bytes=anonymous_bytes(), free=free)
+    kept = sources.kept(plan_of(settings).residency, memory.deltas, where)
+    room -= sum(item.n_bytes for item in kept if item.where == where)  # they are there before an answer is begun
+    settings = replace(settings, rows=min(load.most, _batch_size(config, interface, load, options, device, room)))
     plan = check(plan_of, settings, free)
-    return Planned(config, checkpoints, task, load, settings, plan, free, copy_bandwidth(device))
+    arrives = device.type == "cuda" and sources.place(plan.residency, where) != where
+    arrival = arrival_bandwidth(device) if arrives else None
+    return Planned(config, checkpoints, task, load, settings, plan, free, copy_bandwidth(device), arrival)
 
 
 def ranks_report(config: Config, n_ranks: int) -> Iterator[str]:
@@ -187,8 +198,8 @@ def n_first(config: Config, space: Any) -> int:
     return len(first_candidates(config, space, recipe_sources(config.sources, {})))
 
 
-def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, options: dict[str, Any]) -> tuple[Load, int]:
-    """What is generated and written, and the most answers that can be decoded together."""
+def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, options: dict[str, Any]) -> Load:
+    """What is generated and written."""
     problems = problems_of(task, config.task.kind, (Split.SEARCH, Split.HELD_OUT))
     prompts = [task.prompt(problem) for found in problems.values() for problem in found]
     chat = {key: options[key] for key in ("system", "chat") if key in options}
@@ -197,14 +208,14 @@ def _load(config: Config, checkpoints: dict[str, Checkpoint], task: Task, option
     space = build_space(config, checkpoints)
     first, n = n_first(config, space), config.budget.candidates or CANDIDATES
     population = build_optimizer(config, search_problem(config, space)).batch_size
-    load = Load(
+    return Load(
         prompt,
         answers=samples * len(problems[Split.SEARCH]),
         evaluations=n + first + FRONT_SIZE,
         generations=math.ceil(max(0, n - first) / population),
         genes=len(space.genes),
+        held_out=samples * len(problems[Split.HELD_OUT]),
     )
-    return load, samples * max(map(len, problems.values()))
 
 
 def _batch_size(
@@ -222,16 +233,31 @@ def _batch_size(
     return rows_that_fit(row, free - model_bytes(interface, dtype), device)
 
 
-def copy_bandwidth(device: torch.device, n_bytes: int = 64 << 20) -> float:
-    """Bytes a second that are read and written by a copy: the best of three."""
-    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), math.inf
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that are read and written by a copy on a device."""
+    n_bytes = COPIED_BYTES[device.type]
+    if device.type == "cuda":
+        n_bytes = min(n_bytes, free_bytes(device) // 4)
+    return 2 * _copied_a_second(device, device, n_bytes)
+
+
+def arrival_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a GPU copies from the host's memory where it is pinned; from a disk come fewer."""
+    return _copied_a_second(torch.device("cpu"), device, COPIED_BYTES["cpu"])
+
+
+def _copied_a_second(origin: torch.device, device: torch.device, n_bytes: int) -> float:
+    """Bytes: the best of four."""
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=origin, pin_memory=origin != device)
+    target, best = torch.empty(n_bytes, dtype=torch.uint8, device=device), math.inf
     n_copies = 16 if device.type == "cuda" else 1  # a GPU copies sooner than it is asked and waited for
     for _ in range(4):
         start = time.perf_counter()
         for _ in range(n_copies):
-            target.copy_(source)
+            target.copy_(source, non_blocking=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * n_bytes * n_copies / best
+    del source, target
+    torch.cuda.empty_cache()  # an engine in a process of its own sees what this one holds on to as used
+    return n_bytes * n_copies / best

@@ -13,11 +13,7 @@ from typing import Any, NamedTuple
 
 from evo.config import Config
 from evo.planning.engines import HELD, unknown
-from evo.planning.footprint import (
-    MIB,
-    export_bytes,
-    merge_bytes,
-)
+from evo.planning.footprint import MIB, export_bytes
 from evo.planning.sources import Item, Sources
 from evo.planning.times import size
 from evo.residency import Residency
@@ -111,6 +107,13 @@ class Load:
     """Candidates, and held-out scores."""
     generations: int = 0
     genes: int = 0
+    held_out: int = 0
+    """Answers of a candidate on the held-out split."""
+
+    @property
+    def most(self) -> int:
+        """Answers that an engine is asked for in one call; as some end, others are begun."""
+        return max(self.answers, self.held_out)
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,12 @@ def make_plan(
         ValueError: if a residency cannot be had on the device.
     """
     device, interface = settings.device, sources.interface
-    held = HELD.get(config.engine.kind, unknown)(config, interface, load.prompt, settings)
+    held = HELD.get(config.engine.kind, unknown)(config, interface, load, settings)
     room = {where: n - held.model * (where == device) for where, n in (free or {}).items()}
     residency = sources.choose(settings.residency, settings.deltas, device, room)
     items = [
         *held.items,
-        Item(device, "a merge", merge_bytes(config.space.method, interface)),
+        Item(device, "a merge", sources.merge_bytes(settings.dtype, device)),
         *sources.items(residency, settings.deltas, device),
         Item("host", "Python and its libraries", python_bytes + LATER_BYTES),
         Item("disk", "the run folder", run_bytes(config, load)),

@@ -13,6 +13,7 @@ from evo.config import Config
 from evo.deltas import Compression, Deltas, parse
 from evo.holdings import Holding, holdings, kept_bytes, matrix_of, most_at_once, part_headers
 from evo.parallel import own_parts
+from evo.planning.merges import merge_bytes
 from evo.residency import Residency, choose
 from evo.vocabulary import common_rows
 
@@ -42,6 +43,7 @@ class Sources:
         self._parts = own_parts(self.interface)
         self._common = common_rows(checkpoints)
         self._held: dict[tuple[str, int], dict[str, Holding]] = {}
+        self._merging: dict[tuple[str, str], int] = {}
 
     @property
     def n_bytes(self) -> int:
@@ -67,18 +69,44 @@ class Sources:
             free=lambda d: free.get("gpu" if d.type == "cuda" else "host", 0),
         )  # fmt: skip
 
+    def merge_bytes(self, dtype: str, device: str) -> int:
+        """That a merge takes for a while, beside the model and what of the sources is there.
+
+        Args:
+            dtype: of the model.
+            device: "gpu" or "host".
+        """
+        if (dtype, device) not in self._merging:
+            method = self._config.space.method
+            self._merging[dtype, device] = merge_bytes(method, self.interface, self._used, self._common, dtype, device)
+        return self._merging[dtype, device]
+
     def items(self, residency: Residency, deltas: str, device: str) -> list[Item]:
-        """By place.
+        """By place: what is kept, and what a merge takes for a while.
 
         Args:
             residency: not AUTO.
             deltas: of the config.
             device: "gpu" or "host".
         """
-        place: str = {Residency.DEVICE: device, Residency.PINNED: "host", Residency.DISK: "mapped"}[residency]
+        found, place = self.kept(residency, deltas, device), self.place(residency, device)
+        if device == "gpu" and (place != "gpu" or deltas != "exact"):
+            found.append(Item("gpu", "what is merged now, copied there", self._arriving[residency is Residency.PINNED]))
+        if compression := parse(deltas):
+            stay = residency is Residency.DEVICE or device == "host"
+            beside = self._compressing(compression, base=place == device, deltas=stay)
+            found.append(Item(device, "compressing, and merging what is compressed", beside))
+        return found
+
+    def place(self, residency: Residency, device: str) -> str:
+        """Where sources are between candidates: gpu, host or mapped. See items."""
         if self._config.engine.kind == "vllm" and device == "gpu":  # its workers keep nothing but differences
-            place = "mapped"
-        found = []
+            return "mapped"
+        return {Residency.DEVICE: device, Residency.PINNED: "host", Residency.DISK: "mapped"}[residency]
+
+    def kept(self, residency: Residency, deltas: str, device: str) -> list[Item]:
+        """What stays for the next candidate. See items."""
+        found, place = [], self.place(residency, device)
         for name, held in self._holdings(deltas, self._used).items():
             if held.deltas is None:
                 stays = held.pinned if place == "host" and residency is Residency.PINNED else held.stored
@@ -89,12 +117,6 @@ class Sources:
                 where = device if residency is Residency.DEVICE else "host"
                 found.append(Item(where, f"differences of {name} as {deltas}", held.deltas))
                 found.append(Item("mapped", f"the checkpoint {name}, for exact scores", held.stored))
-        if device == "gpu" and (place != "gpu" or deltas != "exact"):
-            found.append(Item("gpu", "what is merged now, copied there", self._arriving[residency is Residency.PINNED]))
-        if compression := parse(deltas):
-            stay = residency is Residency.DEVICE or device == "host"
-            beside = self._compressing(compression, base=place == device, deltas=stay)
-            found.append(Item(device, "compressing, and merging what is compressed", beside))
         return found
 
     def _compressing(self, compression: Compression, *, base: bool, deltas: bool) -> int:

@@ -8,7 +8,14 @@ from evo.config import Budget
 
 
 def candidate_seconds(
-    merged: int, model: int, row: int, rows: int, answers: int, tokens: tuple[float, float], bandwidth: float
+    merged: int,
+    model: int,
+    row: int,
+    rows: int,
+    answers: int,
+    tokens: tuple[float, float],
+    bandwidth: float,
+    arriving: float = 0.0,
 ) -> tuple[float, float]:
     """Range of seconds that a candidate takes: merge it, then generate.
 
@@ -24,8 +31,9 @@ def candidate_seconds(
         answers: of a candidate.
         tokens: range of the mean tokens of an answer.
         bandwidth: bytes a second that a copy reads and writes.
+        arriving: seconds that sources take to come to where they are merged, which is no part of `merged` then.
     """
-    merge, batches = merged / bandwidth, math.ceil(answers / rows)
+    merge, batches = merged / bandwidth + arriving, math.ceil(answers / rows)
     step = (model + row * rows / 2) / bandwidth
     return merge + batches * tokens[0] * step, 3 * merge + batches * tokens[1] * (10 * step + 0.02)
 

@@ -99,6 +99,7 @@ class Decoder:
                 again = [parked.pop(i) for i in joining.parked]
                 batch.join_again(joining.parked, [row.tokens for row in again])
                 cache.join_again([row.cached for row in again])
+                del again  # copies of what is in the cache by now
                 continue
             if joining.fresh:
                 logits = self._prefill(batch, cache, joining.fresh)
