@@ -101,6 +101,7 @@ class Adapter(Checkpoint):
     """A LoRA adapter on its base. Tensors that it does not touch are the base's."""
 
     digest_files = (CONFIG_FILE,)
+    has_interface = False
 
     def __init__(self, path: Path, base: Checkpoint) -> None:
         self._base = base

@@ -30,6 +30,8 @@ INTERFACE_FILES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """Files besides the weights that decide what a checkpoint says; a child gets its interface parent's."""
+VOCABULARIES = "*.tiktoken"
+"""The same, of tokenizers that are code and name a file of their own, as in Hunyuan's and the first Qwen's."""
 Cut = tuple[slice | int, ...]
 """An index of a tensor: for its leading dimensions, what to take of each."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -43,6 +45,8 @@ class Checkpoint:
     """One checkpoint folder. Opening it reads headers only; tensors are read one by one, when asked for."""
 
     digest_files: tuple[str, ...] = INTERFACE_FILES
+    has_interface = True
+    """Whether the interface files in its folder are its own."""
     """Files besides the weights that count as its content."""
 
     def __init__(self, path: Path, weight_map: dict[str, str], headers: dict[str, TensorHeader]) -> None:
@@ -193,9 +197,10 @@ class Checkpoint:
                 data.pop(key, None)
             elif not isinstance(data[key], dict):
                 raise CheckpointError(f"{self.path / 'config.json'}: {key}: expected an object, got {data[key]!r}")
-        if not isinstance(data.get("num_hidden_layers"), int | None):
-            wrong = data["num_hidden_layers"]
-            raise CheckpointError(f"{self.path / 'config.json'}: num_hidden_layers: expected a number, got {wrong!r}")
+        for where, section in (("", data), ("text_config.", data.get("text_config", {}))):
+            if not isinstance(wrong := section.get("num_hidden_layers"), int | None):
+                key = f"{where}num_hidden_layers"
+                raise CheckpointError(f"{self.path / 'config.json'}: {key}: expected a number, got {wrong!r}")
         return data
 
     def settings(self) -> dict[str, Any]:
@@ -217,16 +222,18 @@ class Checkpoint:
         (`auto_map`): whoever trusts it has it loaded from the child's folder. It is never run here.
         """
         found = [path for name in INTERFACE_FILES if (path := self.path / name).is_file()]
+        found += sorted(self.path.glob(VOCABULARIES))
         if any(b'"auto_map"' in path.read_bytes() for path in found if path.name.endswith("config.json")):
             found += sorted(path for path in self.path.glob("*.py") if path.is_file())
         return found
 
     def digest(self) -> str:
         """SHA-256 (hex) over the content of the weights and of the interface files. Reads every byte."""
-        names = sorted({*self.weight_map.values(), *(n for n in self.digest_files if (self.path / n).is_file())})
+        names = {*self.weight_map.values(), *(n for n in self.digest_files if (self.path / n).is_file())}
+        names |= {file.name for file in self.path.glob(VOCABULARIES) if self.has_interface}
         with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter, so shards go in parallel
-            digests = list(pool.map(lambda name: _file_digest(self.path / name), names))
-        lines = "\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
+            digests = list(pool.map(lambda name: _file_digest(self.path / name), sorted(names)))
+        lines = "\n".join(f"{name} {digest}" for name, digest in zip(sorted(names), digests, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
 
 

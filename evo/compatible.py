@@ -13,6 +13,7 @@ from search_spaces.layout import is_by_token
 _SAME_WHERE_GIVEN = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "n_head", "n_heads", "multi_query",
     "activation_function", "hidden_activation", "use_parallel_residual", "parallel_attn", "alibi",
+    "architectures", "tie_word_embeddings",
 )  # fmt: skip
 """Keys of config.json that say what weights of the same shapes mean."""
 _CONVERT = (
@@ -79,17 +80,17 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint], *, common_rows: bool
 
 def _config_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint) -> list[str]:
     here, there = a.settings(), b.settings()
-    keys = ["model_type", "architectures", "tie_word_embeddings"]
+    keys = ["model_type"]
     keys += [key for key in _SAME_WHERE_GIVEN if here.get(key) is not None and there.get(key) is not None]
     differences = [
         f"config.json {key}: {here.get(key)!r} in {a_name}, {there.get(key)!r} in {b_name}"
         for key in keys
         if here.get(key) != there.get(key)
     ]
-    if not differences and a.is_tied is None and (tied := tied_heads(a)) != tied_heads(b):
+    if not differences and None in (a.is_tied, b.is_tied) and (tied := tied_heads(a)) != tied_heads(b):
         owner, other = (a_name, b_name) if tied else (b_name, a_name)
         differences.append(
-            f"the head is the embedding in {owner} (same bits, and config.json does not say whether they are tied), "
+            f"the head is the embedding in {owner} (same bits, and not every config.json says whether they are tied), "
             f"and not in {other}: write tie_word_embeddings into both"
         )
     return differences
@@ -103,7 +104,7 @@ def _token_differences(a_name: str, a: Checkpoint, b_name: str, b: Checkpoint, c
     differences, sizes = [], [c.config().get("vocab_size") for c in (a, b)]
     if sizes[0] != sizes[1] and not common_rows:
         differences.append(f"config.json vocab_size: {sizes[0]!r} in {a_name}, {sizes[1]!r} in {b_name}")
-    here, there = read_vocabulary(a.path), read_vocabulary(b.path)
+    here, there = (read_vocabulary(c.path) if c.has_interface else None for c in (a, b))
     if here is None or there is None:
         return differences
     changed = {token for token in {*here, *there} if here.get(token) != there.get(token)}

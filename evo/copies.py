@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from evo.checkpoint import Checkpoint
+from evo.checkpoint import Checkpoint, CheckpointError
 from search_spaces.layout import Role, is_by_token
 
 _Copies = dict[str, str]
@@ -33,14 +33,24 @@ def tied_heads(checkpoint: Checkpoint) -> _Copies:
 
     Where config.json does not say, what decides is their bits: transformers ties by the default of the architecture
     then, but not tensors that differ.
+
+    Raises:
+        CheckpointError: if config.json ties tensors that are stored with different bits: libraries differ in which of
+            the two such a model reads.
     """
     by_token = [part for part in checkpoint.layout.parts if is_by_token(part.tensor)]
     head = next((part.tensor for part in by_token if part.role is Role.HEAD), None)
     embedding = next((part.tensor for part in by_token if part.role is Role.EMBEDDING), None)
     if head is None or embedding is None or checkpoint.is_tied is False:
         return {}
-    tied = checkpoint.is_tied or _are_equal(checkpoint, head, embedding)
-    return {head: embedding} if tied else {}
+    if _are_equal(checkpoint, head, embedding):
+        return {head: embedding}
+    if checkpoint.is_tied:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json says tie_word_embeddings, but {head} is stored, and not with the bits of "
+            f"{embedding}: expected false there, or no {head}"
+        )
+    return {}
 
 
 @_once
@@ -50,11 +60,12 @@ def unscored_copies(checkpoint: Checkpoint) -> _Copies:
     Reads the candidates, the tensors of the same shape, once.
     """
     originals = [p.tensor for p in checkpoint.layout.parts if p.role in (Role.EMBEDDING, Role.HEAD)]
+    tied = tied_heads(checkpoint)
     found: dict[str, str] = {}
     for name in checkpoint.layout.unscored:
         for original in originals:
             if _are_equal(checkpoint, name, original):
-                found.setdefault(name, original)
+                found.setdefault(name, tied.get(original, original))  # which is what follows a merge
     return found
 
 

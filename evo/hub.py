@@ -10,7 +10,7 @@ from search_spaces.recipe import Source
 
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<revision>[0-9a-f]+)$")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt"]
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "consolidated*"]  # the same weights in other layouts
 
 

@@ -164,7 +164,7 @@ def _located(path: str, file: Path, where: str) -> Path:
     """A folder: beside the file if it is there, else from here, else the Hub's."""
     beside = file.resolve().parent
     if Path(path).is_dir() and not (beside / path).is_dir():
-        return Path(path)
+        return Path(path).resolve()  # a recipe of it is read from elsewhere
     try:
         return locate(Path(path), beside)
     except HubError as error:

@@ -74,6 +74,6 @@ def n_padded(checkpoint: Checkpoint) -> int:
 
 def _foreign_ids(checkpoints: Mapping[str, Checkpoint]) -> list[int]:
     """Ids of tokens that some source does not know."""
-    vocabularies = [v for c in checkpoints.values() if (v := read_vocabulary(c.path)) is not None]
+    vocabularies = [v for c in checkpoints.values() if c.has_interface and (v := read_vocabulary(c.path)) is not None]
     everywhere = set.intersection(*(set(v) for v in vocabularies)) if vocabularies else set()
     return sorted({i for v in vocabularies for token, i in v.items() if token not in everywhere})

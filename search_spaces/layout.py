@@ -46,8 +46,10 @@ _ROLE_PATTERNS: tuple[tuple[Role, str], ...] = (
     (Role.EMBEDDING, r"(^|\.)(embed_positions|embed_tokens_per_layer|per_layer_model_projection|project_in)\."),
     (Role.EMBEDDING, r"(^|\.)altup_(un)?(embed_)?projections\."),
     (Role.ATTENTION, r"\.(self_attn|linear_attn|cross_attn|attn|attention|self_attention|mamba|conv)\."),
+    (Role.ATTENTION, r"\.cross_attn_(attn|mlp)_gate$"),
     (Role.ATTENTION, r"\.mixer\.(?!(up_proj|down_proj|gate|experts|shared_experts)\.)"),
     (Role.ROUTER, r"\.(mlp|block_sparse_moe|feed_forward|ffn|moe|mixer)\.(gate|router)\.|\.shared_expert_gate\."),
+    (Role.ROUTER, r"\.layers\.\d+\.router\."),
     (Role.ROUTER, r"\.(e_score_correction_bias|expert_bias)$"),
     (Role.SHARED_EXPERT, r"\.(shared_experts?|shared_mlp)\."),
     (Role.ROUTED_EXPERT, r"\.experts\.|\.(block_sparse_moe|mlp)\.(input|output)_linear\."),
@@ -61,7 +63,8 @@ _IN_ONE_MATRIX = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
 """Experts one below the other, as in DBRX: no slice along dimension 0 is one, so they are merged alike."""
 _BY_TOKEN = re.compile(rf"(^|\.)(lm_head|embed_out|{_OF_TOKENS})\.weight$|{_OUTPUT}")
 _UNSCORED = re.compile(
-    r"(^|\.)(mtp\w*|visual|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector|connector)\."
+    r"(^|\.)(mtp\w*|visual\w*|vision_\w+|vision|image_\w+|audio_tower|\w*multi_?modal_projector|mm_projector|connector)\."
+    r"|(^|\.)resampler_model\.|(^|\.)image_newline$"
     r"|(^|\.)(embed_vision|embed_audio|embed_tokens_extend|talker|code2wav|token2wav)\."
     r"|\.rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$"
 )

@@ -176,6 +176,14 @@ def test_an_embedding_that_is_saved_beside_its_factors(base, tmp_path):
     torch.testing.assert_close(ours[:, :].double(), other.double() + difference, rtol=0, atol=1e-5)
 
 
+def test_a_tokenizer_beside_an_adapter_is_nobodys(base, tmp_path):
+    """Trainers leave one there, with a token for padding more."""
+    folder = make_adapter(tmp_path / "lora", base, 1)
+    text = (base / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"7":', '"seven":'))
+    check_compatible({"base": Checkpoint.open(base), "a": read(base, folder)})
+
+
 def test_digest_is_of_the_adapter(base, tmp_path):
     one, two = (read(base, make_adapter(tmp_path / str(seed), base, seed)) for seed in (1, 2))
     before = one.digest()

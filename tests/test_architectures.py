@@ -267,6 +267,26 @@ class TestTiedHeads:
         assert torch.equal(written["lm_head.weight"], written[embedding])
         assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
 
+    def test_that_are_stored_with_other_bits_are_refused(self, tmp_path):
+        """transformers 5 takes the stored head then, and others the embedding."""
+        parents = write_parents(tmp_path, "gemma", tie_word_embeddings=True)
+        for name, path in parents.items():
+            store_head(path, "lm_head.weight", "model.embed_tokens.weight", 0.5 if name == "a" else 1.0)
+        with pytest.raises(CheckpointError, match=r"a: config.json says tie_word_embeddings, but lm_head.weight is s"):
+            write_and_load(parents, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("stored", [True, False])
+    def test_that_one_config_alone_speaks_of(self, stored, tmp_path):
+        """As a published Gemma and the same saved by transformers 5, which writes what was a default."""
+        parents = write_parents(tmp_path, "gemma", tie_word_embeddings=True)
+        for path in parents.values() if stored else ():
+            store_head(path, "lm_head.weight", "model.embed_tokens.weight")
+        for key in ("tie_word_embeddings", "architectures"):
+            set_key(parents["a"], key, {})
+        resident, loaded, _ = write_and_load(parents, tmp_path / "out")
+        assert all(torch.equal(resident[name], loaded[name]) for name in loaded)
+
     def test_in_one_parent_only(self, tmp_path):
         parents = write_parents(tmp_path, "gemma", tie_word_embeddings=True)
         for name, path in parents.items():

@@ -104,11 +104,13 @@ def test_code_that_the_interface_names_is_passed_on(moe_parents, tmp_path, monke
     if named:  # as in DeepSeek's checkpoints
         config["auto_map"] = {"AutoConfig": "configuration_ours.OurConfig"}
     (parents["a"] / "config.json").write_text(json.dumps(config))
+    (parents["a"] / "ours.tiktoken").write_text("YQ== 0")  # a tokenizer of code names its file itself
     code = "from transformers import LlamaConfig\n\n\nclass OurConfig(LlamaConfig):\n    ours = True\n"
     (parents["a"] / "configuration_ours.py").write_text(code)
     out = tmp_path / "out"
     merge(write_recipe(tmp_path, parents, Rule("linear", {"a": 0.5})), out)
     assert (out / "configuration_ours.py").is_file() == named
+    assert (out / "ours.tiktoken").read_text() == "YQ== 0"
     if named:
         assert AutoConfig.from_pretrained(out, trust_remote_code=True).ours
 

@@ -41,6 +41,9 @@ PUBLISHED = {
     "backbone.layers.3.mixer.experts.5.up_proj.weight": (Role.ROUTED_EXPERT, 3, 5),
     "model.decoder.layers.3.fc1.weight": (Role.FFN, 3, None),
     "transformer.blocks.3.ffn.router.layer.weight": (Role.ROUTER, 3, None),
+    "model.language_model.layers.3.router.proj.weight": (Role.ROUTER, 3, None),  # Gemma 4
+    "model.language_model.layers.3.router.per_expert_scale": (Role.ROUTER, 3, None),
+    "model.language_model.layers.3.cross_attn_mlp_gate": (Role.ATTENTION, 3, None),  # Mllama
     "transformer.blocks.3.ffn.experts.mlp.w1": (Role.ROUTED_EXPERT, 3, None),
     "model.layers.3.feed_forward.expert_bias": (Role.ROUTER, 3, None),
     "model.layers.3.mlp.moe_statics.e_score_correction_bias": (Role.ROUTER, 3, None),

@@ -1,5 +1,7 @@
 """Recipes said in mergekit's YAML: there and back, and what it has no words for."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,20 @@ class TestWriter:
             write_mergekit(
                 Recipe(sources, "base", "a", rules), {name: Checkpoint.open(models / name) for name in sources}
             )
+
+    def test_filters_that_would_match_elsewhere(self, models, tmp_path):
+        """mergekit looks for them anywhere in a name: "norm." is in "input_layernorm.", too."""
+        for name in ("base", "a"):
+            folder = shutil.copytree(models / name, tmp_path / name)
+            tensors = {key.removeprefix("model."): tensor for key, tensor in files_of(folder).items()}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        rules = (
+            Rule("task_arithmetic", {"a": 0.25}, tensors=("norm.weight",)), Rule("task_arithmetic", {"a": 0.75}),
+        )  # fmt: skip
+        sources = {name: Source(str(tmp_path / name)) for name in ("base", "a")}
+        with pytest.raises(CannotSayError, match=r"filters anywhere in a name, .* leave out layers.0.input_layernorm"):
+            opened = {name: Checkpoint.open(tmp_path / name) for name in sources}
+            write_mergekit(Recipe(sources, "base", "a", rules), opened)
 
     def test_routed_experts(self, moe_parents):
         sources = {name: Checkpoint.open(path) for name, path in moe_parents.items()}

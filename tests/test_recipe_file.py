@@ -29,6 +29,20 @@ def test_a_file_of_ours_rebuilds_its_export(models, tmp_path):
         assert torch.equal(one[name], 0.5 * base[name] + 0.5 * a[name] if "q_proj" in name else base[name])
 
 
+@pytest.mark.parametrize("kind", ["ours", "mergekit"])
+def test_folders_that_were_found_from_here_are_found_from_anywhere(models, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(models.parent)
+    said = {
+        "ours": "version: 1\nsources: {a: {path: %s/a}}\nbase: a\ninterface: a\nrules: []\n",
+        "mergekit": "merge_method: passthrough\nmodels: [{model: %s/a}]\ndtype: float32\n",
+    }
+    (tmp_path / "recipe.yaml").write_text(said[kind] % models.name)
+    merge(tmp_path / "recipe.yaml", tmp_path / "one")
+    monkeypatch.chdir("/")
+    merge(tmp_path / "one" / "recipe.yaml", tmp_path / "two")
+    assert f"path: {models}/a" in (tmp_path / "one" / "recipe.yaml").read_text()
+
+
 def test_a_digest_is_checked(models, tmp_path):
     sources = {name: Source(str(models / name)) for name in ("base", "a")}
     sources["a"] = Source(sources["a"].path, "0" * 64)

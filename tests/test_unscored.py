@@ -14,11 +14,12 @@ from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible
 from evo.materializer import Materializer
 from fitness.engines.transformers import TransformersEngine
-from search_spaces.layout import parse_layout
+from search_spaces.layout import Role, parse_layout
 from search_spaces.recipe import Recipe, Rule, Source
 from tests.adapters import make_adapter
 from tests.conftest import make_checkpoint
 from tests.encoding import files_of, to_fp8
+from tests.packing import store_head
 from tests.test_materializer import exported, sources_of
 
 MTP = "model.layers.3."  # the model has blocks 0 to 2
@@ -69,6 +70,21 @@ def test_multi_token_prediction_comes_from_the_interface_parent(plain_parents, t
     for name in unscored:
         assert torch.equal(merged[name].view(torch.uint8), a[name].view(torch.uint8)), name
     AutoModelForCausalLM.from_pretrained(out) if "quantization_config" not in Checkpoint.open(out).config() else None
+
+
+def test_a_copy_of_an_embedding_that_is_the_head_too_follows_the_embedding(tmp_path):
+    parents = {}
+    for seed, name in enumerate(["a", "b"]):
+        plain = make_checkpoint(tmp_path / f"{name}0", "llama_tied", seed)
+        parents[name] = store_head(plain, tmp_path / name)
+    tensors = files_of(parents["a"])
+    tensors["mtp.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, parents["a"] / "model.safetensors", metadata={"format": "pt"})
+    rule = Rule("linear", {"a": 0.5}, roles=(Role.EMBEDDING,))
+    merged = files_of(exported(parents, Recipe(sources_of(parents), "b", "a", (rule,)), tmp_path / "out"))
+    for name in ("lm_head.weight", "mtp.embed_tokens.weight"):
+        assert torch.equal(merged[name], merged["model.embed_tokens.weight"])
+    assert not torch.equal(merged["lm_head.weight"], tensors["lm_head.weight"])
 
 
 def test_an_adapter_rests_on_a_model_with_multi_token_prediction(tmp_path):

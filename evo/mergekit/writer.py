@@ -16,6 +16,7 @@ from evo.dtypes import NAMES
 from evo.encodings.plain import Plain
 from evo.merge import get_method
 from evo.mergekit.methods import CannotSayError
+from evo.mergekit.settings import evaluate
 from evo.vocabulary import common_rows, n_padded
 from search_spaces.recipe import Recipe, Rule
 
@@ -166,7 +167,13 @@ def _setting(values: Mapping[str, float | bool]) -> Any:
     if n == len(values):
         return usual
     filters = [{"filter": prefix, "value": value} for prefix, value in _prefixes("", list(values), values, usual)]
-    return [*filters, {"value": usual}]
+    setting = [*filters, {"value": usual}]
+    for name, value in values.items():
+        if evaluate(setting, name, 0.0, truth=isinstance(value, bool)) != value:
+            raise CannotSayError(
+                f"mergekit looks for filters anywhere in a name, and no part of some would leave out {name}"
+            )
+    return setting
 
 
 def _prefixes(
