@@ -237,7 +237,9 @@ def evaluate(
     engine: Annotated[str, typer.Option(help="Options of the engine: dtype=float32,device=cpu,batch_size=64")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longer answers are cut off and count as wrong.")] = 1024,
     samples: Annotated[int, typer.Option(help="Answers to each problem.")] = 1,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Instead of what the generation config says.")] = False,
+    greedy: Annotated[
+        bool | None, typer.Option("--greedy/--no-greedy", help="Instead of what the generation config says.")
+    ] = None,
     split: Annotated[str, typer.Option(help="held_out, reserve or search.")] = "held_out",
     harness: Annotated[
         str | None, typer.Option(help="A task of lm-evaluation-harness (extra `harness`), or its YAML.")
@@ -265,9 +267,9 @@ def evaluate(
         found = []
         if task:
             tasks = [_parse_task(text) for text in task]
-            decoding = {"samples": samples, **({"greedy": True} if greedy else {})}
+            decoding = {"samples": samples, **({} if greedy is None else {"greedy": greedy})}
             if elsewhere := options.keys() & {"max_tokens", "decoding"}:
-                raise ValueError(f"--engine {sorted(elsewhere)[0]}: say it as --max-tokens, --samples or --greedy")
+                raise ValueError(f"--engine {sorted(elsewhere)[0]}: say it as --max-tokens, --samples or --[no-]greedy")
             wanted = {"batch_size": "auto", **options, "max_tokens": max_tokens, "decoding": decoding}
             found = score_checkpoint(checkpoint, tasks, wanted, split=Split(split))
         if harness:

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -281,6 +282,13 @@ class Config(_Section):
             raise ValueError(f"expected [error, tokens], [error] or [tokens], got {list(value)}")
         return value
 
+    @field_validator("interface")
+    @classmethod
+    def _is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None and (parents := info.data.get("parents")):
+            _known(name, {**parents, **({"base": None} if info.data.get("base") else {})}, "parent")
+        return name
+
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
         if "base" in self.parents:
@@ -291,8 +299,6 @@ class Config(_Section):
             raise ValueError(f"parents: expected plain names (letters, digits, _), got {bad}")
         if taken := [name for name in self.parents if name == "average" or re.fullmatch(r"c\d+", name)]:
             raise ValueError(f"parents: {', '.join(taken)}: candidates are called so; call this parent something else")
-        if self.interface is not None:
-            _known(self.interface, self.sources, "parent")
         for name in [*([self.space.base] if self.space.base else []), *(self.space.donors or [])]:
             _known(name, self.sources, "source")
         if len(set(self.space_donors)) < len(self.space_donors):

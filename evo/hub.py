@@ -79,10 +79,12 @@ def locate(path: Path, folder: Path) -> Path:
         HubError: if there is neither.
     """
     try:
-        local = (folder / path).resolve()
+        local = (folder / path.expanduser()).resolve()
         if local.is_dir():
             return local
-    except OSError as error:  # too long a name
+        if local.exists():
+            raise HubError(f"{local} is a file: expected the folder of a checkpoint")
+    except (OSError, RuntimeError) as error:  # too long a name; nobody's home
         raise HubError(f"no checkpoint folder can be called {str(path)[:80]!r}: {error}") from error
     if not is_id(path.as_posix()):
         raise HubError(f"no checkpoint folder at {local}")

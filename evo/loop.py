@@ -114,6 +114,11 @@ class Loop:
         if not self._history.asks:
             sources = recipe_sources(self._config.sources, self._digests)
             self._history.append_asks(first_candidates(self._config, self._space, sources))
+            if self._config.baselines.swaps and not self._space.swaps():
+                log.warning(
+                    "baselines.swaps: this space has none: they are of linear mixtures of two kinds of parts or more, "
+                    "whose coefficients may be 0 and 1, and of no knobs"
+                )
         self._n_first = sum(ask.origin is not Origin.SEARCH for ask in self._history.asks)
         self._write_parents()
         for ask in self._history.asks[: self._n_first]:

@@ -152,7 +152,16 @@ def print_ending(front: Front, search: Search) -> None:
     if ended := search.ended:
         console.print(f"ended     {ended}; a larger budget changes nothing, other options in a new folder may")
     else:
-        console.print("go on     the same command with --budget candidates=N, N larger than before")
+        console.print(f"go on     the same command{_more_budget(folder)}")
+
+
+def _more_budget(folder: Path) -> str:
+    """What the command of a run needs to go on: a larger budget, if that is what ended it."""
+    with closing(Ledger.open(folder, read_only=True)) as ledger:
+        history = History(ledger)
+    limits = history.budget.model_dump(exclude_none=True)
+    reached = [f"{key}=N, N larger than {limit:g}" for key, limit in limits.items() if history.spent[key] >= limit]
+    return f" with --budget {' and '.join(reached)}" if reached else " goes on where this one was stopped"
 
 
 def _proxy_line(stopped: Sequence[Entry], history: History) -> str:

@@ -23,6 +23,10 @@ class Group:
     kind: str = ""
     """Groups of one kind differ in their place only, as attention in block 1 and in block 2."""
 
+    def __post_init__(self) -> None:
+        if () in (self.roles, self.blocks, self.experts):
+            raise ValueError(f"the group {self.name!r} selects nothing: expected roles, blocks and experts, or None")
+
 
 @dataclass(frozen=True)
 class Ingredients:

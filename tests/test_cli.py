@@ -34,8 +34,10 @@ def test_run_shows_each_evaluation_and_what_to_do_next(session):
     folder, output = session
     lines = output.splitlines()
     assert sum("accuracy" in line and "held out" not in line and "hypervolume" in line for line in lines) >= 3
+    next_time = "the same command with --budget candidates=N, N larger than 8"
     for text in ("reasoner", "concise", "average", "c7", "(held out)", "hypervolume", f"mergefront export {folder}"):
         assert text in output
+    assert next_time in output
     assert (folder / "front.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "\x1b" not in output  # no escape codes where nobody looks
 
@@ -146,6 +148,7 @@ def test_stop_ends_a_running_search_and_run_goes_on(tmp_path):
     result = mergefront("stop", folder)
     assert result.returncode == 0 and "stopped" in result.stdout
     assert process.wait(timeout=60) == 0
+    assert "go on     the same command goes on where this one was stopped" in process.stdout.read()
     assert "stopped" in invoke("status", folder).stdout
     n = json.loads(invoke("front", folder, "--json").stdout)["parents"]
     assert len(n) == 2

@@ -63,8 +63,12 @@ def test_samples_differ_and_a_table_is_printed(tmp_path):
     path = make_checkpoint(tmp_path / "m", "llama", 0)
     config = json.loads((path / "generation_config.json").read_text())
     (path / "generation_config.json").write_text(json.dumps({**config, "do_sample": True}))
-    result = run(path, "--task", "arithmetic:held_out=5", "--engine", ENGINE, "--max-tokens", 20, "--samples", 3)
+    asked = (path, "--task", "arithmetic:held_out=5", "--engine", ENGINE, "--max-tokens", 20, "--samples", 3)
+    result = run(*asked)
     assert result.returncode == 0, result.stderr
+    greedy, drawn = run(*asked, "--greedy"), run(CHIMERA / "concise", *asked[1:], "--no-greedy")
+    assert greedy.returncode == 1 and "would all be the same" in greedy.stderr
+    assert drawn.returncode == 0 and "n = 5 x 3 samples" in drawn.stdout
     for text in ("n = 5 x 3 samples", "accuracy", "median", "p90", "well-formed", "repeated n-grams", "truncated"):
         assert text in result.stdout
 

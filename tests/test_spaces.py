@@ -12,7 +12,7 @@ from search_spaces import SPACES
 from search_spaces.block import block
 from search_spaces.expert import expert
 from search_spaces.genes import Gene
-from search_spaces.grouped import GroupedSpace, Ingredients
+from search_spaces.grouped import Group, GroupedSpace, Ingredients
 from search_spaces.layout import Role, parse_layout
 from search_spaces.recipe import Recipe, Rule, Source
 
@@ -120,6 +120,12 @@ def test_swaps_take_one_set_of_roles_from_the_donor():
         expected = 1.0 if "experts.0" in name or ".experts." in name or "layers.0.mlp" in name else 0.0
         assert value == {"reasoner": expected}, name
         assert but[name] == {"reasoner": 1.0 - expected}, name
+
+
+@pytest.mark.parametrize("nothing", [{"roles": ()}, {"blocks": ()}, {"experts": ()}])
+def test_a_group_of_nothing_is_refused(nothing):
+    with pytest.raises(ValueError, match="the group 'lower' selects nothing: expected roles, blocks and experts, or N"):
+        Group("lower", **nothing)
 
 
 def test_of_two_kinds_each_swap_is_one_and_all_but_the_other():

@@ -102,7 +102,8 @@ class Planned:
             arriving,
         )  # fmt: skip
         yield f"a candidate: {span(fast)} to {span(slow)}; --calibrate measures it"
-        yield f"  at {size(self.bandwidth)} a second, and {low:.0f} to {high:.0f} tokens an answer"
+        between = f"{low:.0f}" if tokens else f"{low:.0f} to {high:.0f}"
+        yield f"  at {size(self.bandwidth)} a second, and {between} tokens an answer"
         if self.arrival is not None:
             yield f"  what is merged comes from the host, at {size(self.arrival)} a second at the most"
         limits = [search_seconds(self.config.budget, s, t * load.answers) for s, t in ((fast, high), (slow, low))]
