@@ -83,8 +83,9 @@ class Proxy:
         if not np.array_equal(answered.problems, self._race.order.problems[: len(answered.problems)]):
             raise OrderError(
                 f"candidate {history.asks[entry.candidate_id].name!r} was asked its problems in another order than the "
-                "references suggest now: another version of mergefront or numpy is installed than then (see "
-                "`mergefront status`). Install those versions, or start a new run; `front` and `export` work without."
+                "references suggest now: another version of mergefront or numpy is installed than when the run started "
+                "(see `mergefront status`). Install those versions, or start a new run; `front` and `export` work "
+                "either way."
             )
         return entry, self._trial(enough, answered)
 

@@ -37,7 +37,7 @@ from fitness.engines.text import Text, encode, most_room, rooms
 from fitness.types import Completion, Decoding, Likelihood
 
 _POSITIONS = 256
-"""Of an answer whose likelihoods are computed together: in float32 they take a gigabyte with large vocabularies."""
+"""Of an answer whose likelihoods are computed together: 156 MB in float32 with a vocabulary of 152,000 tokens."""
 
 
 class TransformersEngine:
