@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +13,7 @@ from evo.adapter import open_checkpoints
 from evo.checkpoint import Checkpoint
 from evo.compatible import check_compatible, differing_settings
 from evo.components import component_options, n_samples
-from evo.config import Config
+from evo.config import Config, EngineConfig
 from evo.hub import recipe_sources
 from evo.merge import get_method
 from evo.optimizers import OPTIMIZERS, Optimizer, SearchProblem, Start
@@ -19,7 +22,7 @@ from evo.types import Candidate, Origin
 from evo.worker import Worker
 from fitness.engines import ENGINES
 from fitness.tasks import TASKS
-from fitness.types import Task
+from fitness.types import Engine, Task
 from search_spaces import SPACES
 from search_spaces.genes import Gene, SearchSpace
 from search_spaces.grouped import Ingredients
@@ -66,6 +69,22 @@ def build_optimizer(config: Config, problem: SearchProblem) -> Optimizer:
     return optimizer
 
 
+def load_engine(config: EngineConfig, checkpoint: Path, options: Mapping[str, Any]) -> Engine:
+    """Load a model.
+
+    Args:
+        config: which engine, and its threads.
+        checkpoint: folder of the model.
+        options: of the engine.
+    """
+    import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    engine: Engine = pkgutil.resolve_name(ENGINES[config.kind])(str(checkpoint), **options)
+    return engine
+
+
 def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
     """Load the resident model and all it takes to evaluate candidates.
 
@@ -74,17 +93,11 @@ def build_worker(config: Config, task: Task, batch_size: int | None) -> Worker:
         task: of the run.
         batch_size: what "auto" was found to mean when the run started; None if that is not known yet.
     """
-    import torch
-
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
-    engine_class = pkgutil.resolve_name(ENGINES[config.engine.kind])
     options = component_options(config.engine)
     if options.get("batch_size") == "auto" and batch_size is not None:
         options["batch_size"] = batch_size
-    engine = engine_class(str(config.sources[config.interface_parent]), **options)
     return Worker(
-        engine,
+        load_engine(config.engine, config.sources[config.interface_parent], options),
         task,
         {name: str(path) for name, path in config.sources.items()},
         memory={**config.memory.model_dump(), "base": config.space_base},

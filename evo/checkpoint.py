@@ -28,10 +28,9 @@ INTERFACE_FILES = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "tekken.json", "spiece.model",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "*.tiktoken",  # of tokenizers that are code and name a file of their own, as in Hunyuan's and the first Qwen's
 )  # fmt: skip
 """Files besides the weights that decide what a checkpoint says; a child gets its interface parent's."""
-VOCABULARIES = "*.tiktoken"
-"""The same, of tokenizers that are code and name a file of their own, as in Hunyuan's and the first Qwen's."""
 Cut = tuple[slice | int, ...]
 """An index of a tensor: for its leading dimensions, what to take of each."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -221,20 +220,22 @@ class Checkpoint:
         """Files besides the weights that a child gets: the interface files, and code where one of them names some
         (`auto_map`): whoever trusts it has it loaded from the child's folder. It is never run here.
         """
-        found = [path for name in INTERFACE_FILES if (path := self.path / name).is_file()]
-        found += sorted(self.path.glob(VOCABULARIES))
+        found = self._files(INTERFACE_FILES)
         if any(b'"auto_map"' in path.read_bytes() for path in found if path.name.endswith("config.json")):
-            found += sorted(path for path in self.path.glob("*.py") if path.is_file())
+            found += self._files(("*.py",))
         return found
 
     def digest(self) -> str:
         """SHA-256 (hex) over the content of the weights and of the interface files. Reads every byte."""
-        names = {*self.weight_map.values(), *(n for n in self.digest_files if (self.path / n).is_file())}
-        names |= {file.name for file in self.path.glob(VOCABULARIES) if self.has_interface}
+        names = sorted({*self.weight_map.values(), *(file.name for file in self._files(self.digest_files))})
         with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter, so shards go in parallel
-            digests = list(pool.map(lambda name: _file_digest(self.path / name), sorted(names)))
-        lines = "\n".join(f"{name} {digest}" for name, digest in zip(sorted(names), digests, strict=True))
+            digests = list(pool.map(lambda name: _file_digest(self.path / name), names))
+        lines = "\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+    def _files(self, patterns: tuple[str, ...]) -> list[Path]:
+        """Those that are there, in the order of the patterns."""
+        return [file for pattern in patterns for file in sorted(self.path.glob(pattern)) if file.is_file()]
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""Errors as a person reads them."""
+"""Errors as a person reads them, and the one that several parts of a run raise."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+class ResumeError(ValueError):
+    """A run cannot go on: something that it is bound to has changed."""
 
 
 def said(error: BaseException) -> str:

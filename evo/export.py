@@ -108,8 +108,8 @@ def export(run: Path, pick: str | int, out: Path, *, force: bool = False) -> Tol
             )
         sources = open_sources(config)
         caveat = ledger.meta("caveat")
-        _check_unchanged(config, ledger.meta("digests"))
         digests = ledger.meta("digests")
+        _check_unchanged(config, digests)
         found = row.ask.recipe_in(lambda: build_space(config, sources, digests))
         recipe = replace(found, sources=recipe_sources(config.sources, digests))  # a recorded one names where they lay
     told = Told.of(recipe, sources, _of_no_merge(row, front))

@@ -15,6 +15,7 @@ import numpy as np
 from evo.assemble import build_optimizer, build_worker, first_candidates, search_problem
 from evo.config import Config
 from evo.constraints import violations
+from evo.errors import ResumeError
 from evo.history import History
 from evo.hub import recipe_sources
 from evo.ledger import EXACT, Ask, Entry
@@ -36,10 +37,6 @@ ROUNDING = 1e-5
 or in more threads; what was measured of CMA-ES with 150 genes is 6e-8 after 60 generations."""
 MOST_FAILURES = 100
 """In a row, after which a search gives up."""
-
-
-class ResumeError(ValueError):
-    """A run cannot go on: something that it is bound to has changed."""
 
 
 class SearchError(RuntimeError):

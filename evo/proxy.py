@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from evo.config import Config
 from evo.constraints import accuracy_floor
+from evo.errors import ResumeError
 from evo.front import Row
 from evo.history import History
 from evo.ledger import Entry
@@ -34,10 +35,6 @@ MEANWHILE = 0.02
 is a front to look at then, and little is spent on candidates that later ones beat (experiments/proxy)."""
 CLOSING = 0.25
 """The last share of a budget of tokens or hours, in which parked candidates come before new ones."""
-
-
-class OrderError(ValueError):
-    """A parked candidate cannot go on: it would be asked some problems twice and others never."""
 
 
 class Proxy:
@@ -81,7 +78,7 @@ class Proxy:
         entry = parked[int(promised.argmax())]
         answered = Answered(history.score(entry), np.array(entry.detail["problems"]))
         if not np.array_equal(answered.problems, self._race.order.problems[: len(answered.problems)]):
-            raise OrderError(
+            raise ResumeError(  # it would be asked some problems twice and others never
                 f"candidate {history.asks[entry.candidate_id].name!r} was asked its problems in another order than the "
                 "references suggest now: another version of mergefront or numpy is installed than when the run started "
                 "(see `mergefront status`). Install those versions, or start a new run; `front` and `export` work "

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from evo.assemble import load_engine
 from evo.checkpoint import Checkpoint
 from evo.components import component_options, n_samples, validated
 from evo.config import ConfigError, EngineConfig, TaskConfig
-from fitness.engines import ENGINES, what_is_missing
+from fitness.engines import what_is_missing
 from fitness.evaluator import Evaluator
 from fitness.orderliness import Orderliness
 from fitness.splits import problems_of
@@ -52,14 +52,12 @@ def score_checkpoint(
     engine_config = validated(EngineConfig, engine)
     if missing := what_is_missing(engine_config.kind):
         raise ConfigError(missing)
-    if engine_config.threads:
-        torch.set_num_threads(engine_config.threads)
     options = component_options(engine_config)
     built = [pkgutil.resolve_name(TASKS[config.kind])(**component_options(config)) for config in configs]
     problems = [  # bad data are told before the model is loaded
         problems_of(task, config.kind, [split])[split] for config, task in zip(configs, built, strict=True)
     ]
-    resident = pkgutil.resolve_name(ENGINES[engine_config.kind])(str(checkpoint), **options)
+    resident = load_engine(engine_config, checkpoint, options)
     if is_quantised:
         _write(checkpoint, resident)
     samples, found = n_samples(options), []

@@ -31,11 +31,12 @@ from evo.assemble import (
 )
 from evo.config import Budget, Config, ConfigError, changed_keys
 from evo.config_file import budget_of, check, config_of, load_config
+from evo.errors import ResumeError
 from evo.front import Front
 from evo.history import History
 from evo.interrupts import interruptible
 from evo.ledger import Ledger
-from evo.loop import Loop, ResumeError, Watcher
+from evo.loop import Loop, Watcher
 from evo.run_folder import hold, stop_requested
 from evo.stamps import Stamps
 from evo.tracking import tracker

@@ -159,8 +159,8 @@ def _more_budget(folder: Path) -> str:
     """What the command of a run needs to go on: a larger budget, if that is what ended it."""
     with closing(Ledger.open(folder, read_only=True)) as ledger:
         history = History(ledger)
-    limits = history.budget.model_dump(exclude_none=True)
-    reached = [f"{key}=N, N larger than {limit:g}" for key, limit in limits.items() if history.spent[key] >= limit]
+    limits = history.budget.model_dump(exclude_none=True).items()
+    reached = [f"{key}=N, N larger than {limit:g}" for key, limit in limits if history.share_spent(key) >= 1.0]
     return f" with --budget {' and '.join(reached)}" if reached else " goes on where this one was stopped"
 
 

@@ -20,6 +20,8 @@ from typing import Any
 SECONDS = 5.0
 """For one call."""
 _SECONDS_TO_START = 60.0
+MAX_CHARACTERS = 10_000
+"""Of an answer, from its end, that are worth comparing."""
 
 
 class Apart:

@@ -5,10 +5,8 @@ It parses LaTeX and compares with sympy, which may take for ever on hostile inpu
 
 from __future__ import annotations
 
-from fitness.apart import Apart
+from fitness.apart import MAX_CHARACTERS, Apart
 from fitness.graders import answer_part
-
-_MAX_CHARACTERS = 10_000  # of the end of an answer
 
 
 def same_expression(reference: str, text: str) -> bool | None:
@@ -17,7 +15,7 @@ def same_expression(reference: str, text: str) -> bool | None:
     Raises:
         TimeoutError: if it takes too long.
     """
-    answer = answer_part(text)[-_MAX_CHARACTERS:]
+    answer = answer_part(text)[-MAX_CHARACTERS:]
     if not answer.strip():
         return None
     same: bool | None = _apart(reference, answer)

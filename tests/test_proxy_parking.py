@@ -9,9 +9,10 @@ import pytest
 from evo import Search
 from evo.assemble import build_task
 from evo.config import Budget
+from evo.errors import ResumeError
 from evo.history import History
 from evo.ledger import Ledger
-from evo.proxy import CLOSING, MEANWHILE, OrderError, Proxy
+from evo.proxy import CLOSING, MEANWHILE, Proxy
 from evo.run_folder import request_stop
 from evo.terminal import print_status
 from evo.tracking.generations import Record
@@ -199,7 +200,7 @@ def test_who_was_asked_in_another_order_does_not_go_on(runs, monkeypatch):
             return replace(order := choose(*arguments), problems=order.problems[::-1])
 
         monkeypatch.setattr("evo.proxy.choose", backwards)
-        with pytest.raises(OrderError, match=r"'c\d+' was asked its problems in another order"):
+        with pytest.raises(ResumeError, match=r"'c\d+' was asked its problems in another order"):
             Proxy(config, history, task).next_parked(at_the_end=True)
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from evo import Search
 from evo.checkpoint import CheckpointError
 from evo.config import Budget, ConfigError
+from evo.errors import ResumeError
 from evo.export import ExportError
-from evo.loop import ResumeError, SearchError
+from evo.loop import SearchError
 from evo.run_folder import BusyError, hold, request_stop
 from tests.conftest import PARENTS
 from tests.searching import MAX_TOKENS, events, search_entries, write_config

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from evo import Search
 from evo.config import Budget
+from evo.errors import ResumeError
 from evo.export import export
 from evo.ledger import Ledger, LedgerError
-from evo.loop import ResumeError, SearchError
+from evo.loop import SearchError
 from evo.materializer import Materializer
 from evo.merge import METHODS, Method, one_hot
 from evo.merge_file import merge

@@ -12,12 +12,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fitness.apart import Apart
+from fitness.apart import MAX_CHARACTERS, Apart
 from fitness.graders import answer_part, grade
 from fitness.splits import SHARES, MadeSize, take
 from fitness.types import Completion, Problem, Seed, Split, Verdict
-
-_MAX_CHARACTERS = 10_000  # of the end of an answer
 
 
 class ReasoningGym:
@@ -79,7 +77,7 @@ class ReasoningGym:
             answer = answer_part(text).rpartition("<answer>")[2].partition("</answer>")[0].strip()
             if not answer:
                 return None
-            solved: bool = _apart(*self._made_by, answer[-_MAX_CHARACTERS:], self._entries[problem.question])
+            solved: bool = _apart(*self._made_by, answer[-MAX_CHARACTERS:], self._entries[problem.question])
             return solved
 
         return grade(same, problem.answer, completion)
